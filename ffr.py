@@ -1,0 +1,377 @@
+"""Find, Fix, Reason (arXiv 2604.16243): context repair of failed rollouts inside GRPO.
+
+    x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
+    π_θ          `Student`: the model with its processor, prompt and sampling
+    τ, z         a first-pass `Rollout`, and whether the verifier accepts its answer (`score.correct`)
+    T, c         `teacher`, a function of failed cases, and the `EvidencePatch` it returns
+    τ*           the re-answer under the patched prompt (x, c)
+    τ̂            the chosen rollout: τ where z = 1, else τ*; what `find_fix_reason` returns
+    R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
+    κ, λ         `kappa`, the patch tax; `lam`, the weight of the alignment term
+    G            `num_rollouts` per question
+
+A repaired rollout is on-policy under a different observation: its prompt is the patched one, and
+that is the prompt its tokens are scored under, for π_θ, π_old and π_ref alike. Source: FFR §Method.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from transformers.video_utils import VideoMetadata
+
+from data import Sample, Video, fit
+from grpo import Completion, Sampling, generate
+from reward import Score, alignment, robust_improvement_reward, score
+from teacher import Case, EvidencePatch, Region, TeacherError
+
+PROMPT = """\
+{question}
+{options}
+Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that your \
+reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
+PIXELS = ("pixel_values_videos",)
+SUFFIXES = {
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is one number.",
+    "OCR": "The answer is the text as it is written in the video.",
+    "free-form": "The answer is a short phrase.",
+    "regression": "The answer is one number.",
+    "exact": "The answer is exactly the words that are asked for.",
+}
+
+
+@dataclass
+class Student:
+    """π_θ and how it sees and answers. `model` is the unwrapped transformers model."""
+
+    model: torch.nn.Module
+    processor: object
+    sampling: Sampling
+    prompt: str = PROMPT
+    num_frames: int = 16
+    frame_pixels: int = 128 * 28 * 28
+    picture_pixels: int = 401408
+    max_prompt: int = 16384
+    patch_pictures: bool = True
+    synced: bool = False  # sharded parameters: every rank must make the same calls
+
+
+@dataclass
+class Question:
+    """x: a sample, its video, and the student's view of it."""
+
+    sample: Sample
+    video: Video
+    indices: list[int]  # original frames shown to the student
+    frames: list[Image.Image]
+    prompt: dict | None = None  # x as model inputs
+    counts: bool = True  # False for a stand-in that must not be trained on
+
+    @property
+    def spacing(self) -> float:
+        """Seconds between two shown frames."""
+        seconds = self.video.seconds
+        return (seconds(self.indices[-1]) - seconds(self.indices[0])) / max(len(self.indices) - 1, 1)
+
+
+@dataclass
+class Rollout:
+    """A response and all that its reward is made of. `prompt` is the one that it answers."""
+
+    prompt: dict
+    completion: Completion
+    text: str
+    score: Score
+    reward: float = 0.0  # R̃
+    align: float = 0.0
+    patch: EvidencePatch | None = None  # c, where this is a τ*
+    failed: "Rollout | None" = None  # the τ whose place this τ* took
+    error: TeacherError | None = None  # why this failed τ got no patch
+
+    @property
+    def first(self) -> "Rollout":
+        """The unaided rollout in this place of the group."""
+        return self.failed or self
+
+
+Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
+
+
+def open_question(student: Student, sample: Sample) -> Question:
+    """Decode the student's view of a sample and encode its prompt. Raises ValueError where the
+    video does not decode (`data.DataError`) or the prompt is too long."""
+    video = Video(sample.path)
+    indices = video.uniform(student.num_frames)
+    frames = [fit(frame, student.frame_pixels) for frame in video.frames(indices)]
+    question = Question(sample, video, indices, frames)
+    question.prompt = encode(student, question)
+    return question
+
+
+# --- prompts, with and without a patch ------------------------------------------------------------
+
+
+def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> list[dict]:
+    """The chat: the video, the question, and after it the patch. The question text is the same
+    with and without a patch, so the unpatched user turn is a prefix of the patched one."""
+    fields = {
+        "question": sample.question,
+        "options": "\n".join(sample.options),
+        "suffix": SUFFIXES[sample.problem_type],
+    }
+    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.prompt)
+    content = [{"type": "video"}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": [*content, *patch_parts]}]
+
+
+def render_patch(
+    patch: EvidencePatch, video: Video, spacing: float, pictures: bool = True
+) -> list[dict]:
+    """The patch as chat parts: a text block, then key frames with regions drawn, and crops.
+
+    Pictures come from the original video at native size. Times are written as Qwen3-VL's processor
+    writes them. Without pictures the regions are given by their corners.
+    """
+
+    def at(first: int, last: int) -> str:
+        start, end = video.seconds(first), video.seconds(last)
+        if end - start <= spacing:  # one moment of the student's view
+            return f"<{(start + end) / 2:.1f} seconds>"
+        return f"<{start:.1f} seconds> to <{end:.1f} seconds>"
+
+    def when(frame: int) -> str:
+        return f" at {at(frame, frame)}" if patch.show_times else ""
+
+    lines = [f"\n\nEvidence ({patch.error_type}):"]
+    if patch.spans:
+        lines.append("Moments: " + ", ".join(at(*span) for span in patch.spans))
+    for frame, box, what in patch.regions:
+        corners = "" if pictures else " " + " ".join(f"{v:.2f}" for v in box)
+        lines.append(f"Region{when(frame)}{corners}: {what}".removesuffix(": "))
+    if patch.guidance:
+        lines.append(f"Guidance: {patch.guidance}")
+    parts = [{"type": "text", "text": "\n".join(lines)}]
+    if not pictures:
+        return parts
+    for frame in patch.key_frames:
+        image = draw_regions(video.frame(frame), [r for r in patch.regions if r.frame == frame])
+        parts += [{"type": "text", "text": f"\nFrame{when(frame)}:"}, {"type": "image", "image": image}]
+    for frame, box, _ in patch.regions:
+        image = video.frame(frame)
+        corners = [int(v * side) for v, side in zip(box, image.size * 2)]
+        corners[2:] = max(corners[2], corners[0] + 1), max(corners[3], corners[1] + 1)
+        image = image.crop(corners)
+        parts += [{"type": "text", "text": f"\nCrop{when(frame)}:"}, {"type": "image", "image": image}]
+    return parts
+
+
+def draw_regions(image: Image.Image, regions: list[Region]) -> Image.Image:
+    """A copy of the frame with each region outlined in red."""
+    image = image.copy()
+    pen = ImageDraw.Draw(image)
+    for region in regions:
+        corners = [v * side for v, side in zip(region.box, image.size * 2)]
+        pen.rectangle(corners, outline=(255, 0, 0), width=max(2, min(image.size) // 100))
+    return image
+
+
+def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
+    """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt` tokens:
+    cutting it would cut vision tokens off their pixels."""
+    parts = []
+    if patch is not None:
+        parts = render_patch(patch, question.video, question.spacing, student.patch_pictures)
+    pictures = [fit(p["image"], student.picture_pixels) for p in parts if p["type"] == "image"]
+    messages = build_messages(student, question.sample, parts)
+    text = render_chat(student.processor, messages)
+    metadata = VideoMetadata(
+        total_num_frames=len(question.video),
+        fps=question.video.fps,
+        duration=len(question.video) / question.video.fps,
+        frames_indices=list(question.indices),
+    )
+    inputs = student.processor(
+        text=[text],
+        videos=[question.frames],
+        images=pictures or None,
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    length = inputs["input_ids"].shape[1]
+    if length > student.max_prompt:
+        raise ValueError(
+            f"record {question.sample.id}: its prompt has {length} tokens, over the limit of "
+            f"{student.max_prompt}; raise --max_prompt_length or lower --num_frames or --frame_pixels"
+        )
+    inputs = dict(inputs.to(student.model.device))
+    if question.prompt is not None:  # the same video as one tensor, which scoring encodes once
+        inputs |= {key: question.prompt[key] for key in question.prompt if key in PIXELS}
+    return inputs
+
+
+def render_chat(processor, messages: list[dict]) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+# --- the round: Find → Fix → Reason ---------------------------------------------------------------
+
+
+def find_fix_reason(
+    student: Student,
+    questions: list[Question],
+    num_rollouts: int,
+    teacher: Teacher | None,
+    kappa: float,
+    lam: float,
+    seed: tuple,
+) -> list[list[Rollout]]:
+    """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
+
+    `teacher` None is plain GRPO. `seed` names the round: a rollout's randomness is derived from it,
+    the sample and its place in the group, so no rollout depends on what becomes of another.
+    """
+    # τ_i ~ π_old(· | x), i = 1 … G
+    asked = [(question, i) for question in questions for i in range(num_rollouts)]
+    seeds = [_seed(seed, question.sample.id, i, "first") for question, i in asked]
+    prompts = [question.prompt for question in questions]
+    completions = generate(
+        student.model, prompts, seeds, student.sampling, num_rollouts, student.synced
+    )
+    chosen = [judge(student, q, q.prompt, c) for (q, _), c in zip(asked, completions)]
+    # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
+    failed = [
+        k for k, (question, _) in enumerate(asked)
+        if teacher is not None and question.counts and not chosen[k].score.correct
+    ]  # fmt: skip
+    verdicts = teacher([case_of(asked[k][0], chosen[k].text) for k in failed]) if failed else []
+    # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
+    repairs, encoded = [], {}
+    for k, verdict in zip(failed, verdicts):
+        question = asked[k][0]
+        if isinstance(verdict, EvidencePatch):
+            key = (id(question), verdict.content)  # equal patches share a prompt
+            try:
+                encoded[key] = encoded.get(key) or encode(student, question, verdict)
+                repairs.append((k, verdict, encoded[key]))
+                continue
+            except ValueError as error:  # over the prompt limit, or a frame that does not decode
+                verdict = TeacherError("prompt", str(error))
+        chosen[k].error = verdict  # τ_i stays in the group with its plain reward, untaxed
+    seeds = [_seed(seed, asked[k][0].sample.id, asked[k][1], "again") for k, *_ in repairs]
+    patched = [prompt for *_, prompt in repairs]
+    if student.synced and teacher is not None:
+        patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
+    again = generate(student.model, patched, seeds, student.sampling, 1, student.synced) if patched else []
+    # τ̂_i = τ_i if z_i = 1 else τ*_i
+    for (k, patch, prompt), completion in zip(repairs, again):
+        question = asked[k][0]
+        repaired = judge(student, question, prompt, completion)
+        spans = [tuple(map(question.video.seconds, span)) for span in patch.spans]
+        repaired.align = alignment(repaired.text, spans, question.spacing / 2)
+        repaired.patch, repaired.failed = patch, chosen[k]
+        chosen[k] = repaired
+    for rollout in chosen:
+        repaired = rollout.score if rollout.failed else None
+        rollout.reward = robust_improvement_reward(
+            rollout.first.score, repaired, rollout.align, kappa, lam
+        )
+    return [chosen[k : k + num_rollouts] for k in range(0, len(chosen), num_rollouts)]
+
+
+def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
+    """Decode a completion and score it: R, R_fmt, z."""
+    text = student.processor.tokenizer.decode(completion.ids, skip_special_tokens=True)
+    sample = question.sample
+    return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
+
+
+def stand_in(student: Student, question: Question) -> dict:
+    """A patched prompt, for a rank that must make a call without having a repair of its own."""
+    return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
+
+
+def case_of(question: Question, response: str) -> Case:
+    """S_i = (x, y, τ_i), what the teacher is given."""
+    x = question.sample
+    return Case(x.id, x.question, x.options, x.answer, response, question.video)
+
+
+def _seed(*parts) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+
+
+# --- what a person sees of a repair -----------------------------------------------------------------
+
+
+def describe_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> list[tuple]:
+    """A repaired rollout as (heading, text) sections, in the order of the method."""
+    sample, patch, s = question.sample, rollout.patch, rollout.score
+    evidence = render_patch(patch, question.video, question.spacing)[0]["text"].strip()
+    extra = lam * s.correct * rollout.align
+    terms = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
+    aligned = f" + lambda {lam:.2f} x align {rollout.align:.2f}" if extra else ""
+    asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
+    return [
+        (f"Question ({sample.problem_type})", asked),
+        ("The student sees", ""),
+        ("First answer, wrong", rollout.failed.text.strip()),
+        ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none"),
+        ("Fix: the evidence patch", evidence),
+        ("Reason: second answer, " + ("right" if s.correct else "wrong"), rollout.text.strip()),
+        ("Reward", f"{terms}{aligned} = {rollout.reward:.2f}"),
+    ]
+
+
+def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> Image.Image:
+    """The sections as one picture, 1,200 px wide, with the frames seen and the patch's pictures."""
+    width, edge, line = 1200, 24, 26
+    font, bold = ImageFont.load_default(19), ImageFont.load_default(23)
+    page = Image.new("RGB", (width, 8000), "white")
+    pen = ImageDraw.Draw(page)
+    y = edge
+
+    def write(text: str, face=font, colour="black") -> None:
+        nonlocal y
+        for paragraph in text.splitlines():
+            row = ""
+            for word in paragraph.split(" "):
+                if row and face.getlength(f"{row} {word}") > width - 2 * edge:
+                    pen.text((edge, y), row, colour, face)
+                    y, row = y + line, word
+                else:
+                    row = f"{row} {word}" if row else word
+            pen.text((edge, y), row, colour, face)
+            y += line
+
+    def show(pictures: list[tuple[Image.Image, str]], height: int) -> None:
+        nonlocal y
+        x = edge
+        for image, label in pictures:
+            size = (max(1, round(image.width * height / image.height)), height)
+            room = max(size[0], int(font.getlength(label))) + 12
+            if x > edge and x + room > width - edge:
+                x, y = edge, y + height + line + 8
+            page.paste(image.convert("RGB").resize(size), (x, y))
+            pen.text((x, y + height + 2), label, "gray", font)
+            x += room
+        y += height + line + 8
+
+    seconds = question.video.seconds
+    seen = [(f, f"{seconds(i):.1f} s") for i, f in zip(question.indices, question.frames)]
+    parts = render_patch(rollout.patch, question.video, question.spacing)[1:]
+    given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
+    for heading, text in describe_repair(question, rollout, kappa, lam):
+        write(heading, bold, (20, 60, 140))
+        y += 4
+        write(text)
+        if heading == "The student sees":
+            show(seen, 96)
+        if heading.startswith("Fix") and given:
+            show(given, 220)
+        y += 12
+    return page.crop((0, 0, width, y + edge // 2))

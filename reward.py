@@ -1,0 +1,196 @@
+"""Rewards of FFR: strings and numbers in, numbers out.
+
+    R      accuracy reward, graded where the problem type is     `accuracy_reward`
+    z      1 where the rule-based verifier accepts the answer    `verify`
+    R_fmt  1 where the response has the asked-for form           `format_reward`
+    align  does the rationale cite the patch's moments (ours)    `alignment`
+    R̃      the Robust Improvement Reward                         `robust_improvement_reward`
+
+Sources: FFR eq. R̃ and app. D.3 (rewards by type, those of Video-R1); when a graded answer counts as
+failed, and the alignment term, are ours. Standard library only; this file imports no sibling.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+
+class Score(NamedTuple):
+    """What a response earned before any tax: R(τ), R_fmt(τ) and z."""
+
+    accuracy: float
+    format: float
+    correct: bool
+
+
+def score(response: str, answer: str, problem_type: str) -> Score:
+    """Judge one response τ against the reference answer y."""
+    given = extract_answer(response)
+    accuracy = 0.0 if given is None else accuracy_reward(given, answer, problem_type)
+    correct = given is not None and verify(given, answer, problem_type)
+    return Score(accuracy, format_reward(response), correct)
+
+
+def extract_answer(response: str) -> str | None:
+    """The text of the last `<answer>…</answer>`, or None."""
+    found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def format_reward(response: str) -> float:
+    """R_fmt: 1 for exactly `<think>…</think> <answer>…</answer>`, each tag once, else 0."""
+    shape = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    once = all(response.count(tag) == 1 for tag in tags)
+    return float(once and re.fullmatch(shape, response, re.DOTALL) is not None)
+
+
+# --- R and z by problem type (FFR app. D.3; the thresholds of z are ours) -------------------------
+
+
+def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
+    """R in [0, 1]: exact letter · equal to 2 decimals · 1 − WER · mean ROUGE-1/2/L F1 · 1 − relative
+    error · equal normalised strings (`exact`, ours). Raises ValueError for an unknown type."""
+    if problem_type == "multiple choice":
+        return float(_letter(given) is not None and _letter(given) == _letter(answer))
+    if problem_type == "numerical":
+        x, y = _number(given), _number(answer)
+        return float(x is not None and y is not None and round(x, 2) == round(y, 2))
+    if problem_type == "OCR":
+        return max(0.0, 1.0 - word_error_rate(given, answer))
+    if problem_type == "free-form":
+        return (rouge_n(given, answer, 1) + rouge_n(given, answer, 2) + rouge_l(given, answer)) / 3
+    if problem_type == "regression":
+        return 1.0 - min(1.0, _relative_error(given, answer))
+    if problem_type == "exact":
+        return float(_words(given) == _words(answer))
+    raise ValueError(f"unknown problem_type '{problem_type}'")
+
+
+def verify(given: str, answer: str, problem_type: str) -> bool:
+    """z: failed rollouts go to the teacher, so a graded type needs a threshold that R = 1 is not."""
+    if problem_type == "free-form":
+        return rouge_l(given, answer) >= 0.5
+    if problem_type == "regression":
+        return _relative_error(given, answer) <= 0.1 + 1e-9
+    return accuracy_reward(given, answer, problem_type) == 1.0
+
+
+def _letter(text: str) -> str | None:
+    """'B', '(b)', 'B.' or 'B: a dog' → 'B'; 'A dog' is no letter."""
+    found = re.fullmatch(r"\(?([A-Za-z])(?:\)?|[).:].*)", text.strip(), re.DOTALL)
+    return found[1].upper() if found else None
+
+
+def _number(text: str) -> float | None:
+    """The one number in the text ('1,200 m' → 1200.0); None where there is none or several."""
+    pattern = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?"
+    found = re.findall(pattern, text.replace("−", "-"))
+    value = float(found[0].replace(",", "")) if len(found) == 1 else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _relative_error(given: str, answer: str) -> float:
+    x, y = _number(given), _number(answer)
+    if x is None or y is None:
+        return math.inf
+    return abs(x - y) / abs(y) if y else (0.0 if x == 0 else math.inf)
+
+
+def _words(text: str) -> list[str]:
+    """Case-folded words without punctuation around them; '4.2' and 'don't' stay whole."""
+    return re.findall(r"\w+(?:[.,'’:-]\w+)*", text.casefold())
+
+
+def word_error_rate(given: str, answer: str) -> float:
+    """Word-level edit distance over the number of reference words."""
+    x, y = _words(given), _words(answer)
+    row = list(range(len(y) + 1))
+    for i, word in enumerate(x, 1):
+        diagonal, row[0] = row[0], i
+        for j, reference in enumerate(y, 1):
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (word != reference))
+            diagonal, row[j] = row[j], best
+    return row[-1] / max(len(y), 1)
+
+
+def rouge_n(given: str, answer: str, n: int) -> float:
+    """ROUGE-n F1 without stemming. Where both texts are shorter than n words, ROUGE-(n−1)."""
+    x, y = _words(given), _words(answer)
+    if n > 1 and max(len(x), len(y)) < n:  # a right one-word answer must be able to reach R = 1
+        return rouge_n(given, answer, n - 1)
+    grams = [Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y)]
+    return _f1(sum((grams[0] & grams[1]).values()), grams[0].total(), grams[1].total())
+
+
+def rouge_l(given: str, answer: str) -> float:
+    """ROUGE-L F1: the longest common subsequence of words."""
+    x, y = _words(given), _words(answer)
+    row = [0] * (len(y) + 1)
+    for word in x:
+        diagonal = 0
+        for j, reference in enumerate(y, 1):
+            longest = diagonal + 1 if word == reference else max(row[j], row[j - 1])
+            diagonal, row[j] = row[j], longest
+    return _f1(row[-1], len(x), len(y))
+
+
+def _f1(hits: float, given: float, wanted: float) -> float:
+    return 2 * hits / (given + wanted) if given + wanted else 0.0
+
+
+# --- dependency alignment (ours) ------------------------------------------------------------------
+
+
+def cited_moments(rationale: str) -> list[tuple[float, float]]:
+    """Moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07', '3-5 s',
+    '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
+    number, unit = r"(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
+    pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
+    moments = []
+    for start, end, single in re.findall(pattern, rationale):
+        moments.append((float(single or start), float(single or end)))
+    for minutes, seconds in re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale):
+        moments.append((int(minutes) * 60.0 + int(seconds),) * 2)
+    return [(min(pair), max(pair)) for pair in moments]
+
+
+def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
+    """F1 between the moments that the rationale cites and the patch's spans, in [0, 1].
+
+    `spans` and `tolerance` (half the student's frame spacing) are in seconds. Precision is the part
+    of the cited time that lies in a span, so citing everything does not win; recall the share of
+    spans cited. The rationale is the text in `<think>`.
+    """
+    rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
+    cited = cited_moments(rationale[1]) if rationale else []
+    wide = [(start - tolerance, end + tolerance) for start, end in spans]
+    if not cited or not wide:
+        return 0.0
+    precision = sum(max(_inside(c, span) for span in wide) for c in cited) / len(cited)
+    recall = sum(any(_inside(c, span) > 0 for c in cited) for span in wide) / len(wide)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _inside(cited: tuple[float, float], span: tuple[float, float]) -> float:
+    """The part of a cited moment, a point or an interval, that lies in a span."""
+    overlap = min(cited[1], span[1]) - max(cited[0], span[0])
+    length = cited[1] - cited[0]
+    return max(0.0, overlap / length) if length else float(overlap >= 0)
+
+
+# --- the Robust Improvement Reward ----------------------------------------------------------------
+
+
+def robust_improvement_reward(
+    first: Score, repaired: Score | None, align: float, kappa: float, lam: float
+) -> float:
+    """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
+
+    FFR eq. R̃; the λ term is ours and λ = 0 is the printed equation. `repaired` is None where no
+    patch was delivered: the failed rollout then keeps its plain reward, untaxed.
+    """
+    if first.correct or repaired is None:
+        return first.accuracy + first.format
+    return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align

@@ -1,0 +1,436 @@
+"""The frozen, tool-using teacher T: it finds what a failed rollout missed and returns a patch.
+
+    S_i = (x, y, τ_i)   `Case`            T        `diagnose` around a *brain*
+    c_i                 `EvidencePatch`   brain    `chat(conversations) -> replies`
+    e_i                 `error_type`      tools    `run_tool`, on the original video
+
+A brain is any function from a list of conversations to a list of `Reply | TeacherError`, one each;
+a conversation is a list of chat messages whose parts are text or Pillow images. Prompt, tool loop,
+leak gate and size limits are the same for all brains: `scripted` (looks the truth up), `local` (a
+transformers VLM). Sources: FFR §Find, §Fix and app. B. This file imports no sibling.
+"""
+
+import json
+import math
+import queue
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from PIL import Image
+
+ERROR_TYPES = ("temporal", "spatial", "misconception")
+MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
+MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # of the tool loop, per turn, frames per segment
+
+
+class Clip(Protocol):
+    """What the tools need of a video. Frames are original indices; seconds are index / fps."""
+
+    fps: float
+
+    def __len__(self) -> int: ...
+
+    def frame(self, index: int) -> Image.Image: ...
+
+
+@dataclass
+class Case:
+    """One failed rollout: the question x, the reference y, the response τ."""
+
+    id: str
+    question: str
+    options: list[str]
+    answer: str
+    response: str
+    video: Clip
+
+
+class Region(NamedTuple):
+    frame: int
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in 0–1
+    what: str = ""
+
+
+@dataclass
+class EvidencePatch:
+    """c: what the student is shown besides the unchanged question. Frames are original indices."""
+
+    error_type: str
+    guidance: str = ""
+    key_frames: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # first and last frame of moments
+    regions: list[Region] = field(default_factory=list)
+    show_times: bool = True  # False where the question asks for a time
+    refusals: list[str] = field(default_factory=list)  # why the leak gate refused earlier versions
+    transcript: list[str] = field(default_factory=list)  # the tool calls that led here
+    tokens: int = 0  # that the brain spent on this case
+
+    @property
+    def content(self) -> str:
+        """All that the student is shown, as one string: equal patches have equal content."""
+        shown = (self.error_type, self.guidance, self.key_frames, self.spans, self.regions)
+        return repr((*shown, self.show_times))
+
+
+class TeacherError(Exception):
+    """No patch for this case. `cause` is one word for the metrics."""
+
+    def __init__(self, cause: str, detail: str = ""):
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause = cause
+
+
+@dataclass
+class Reply:
+    text: str
+    tokens: int = 0
+
+
+Chat = Callable[[list[list[dict]]], list[Reply | TeacherError]]
+
+# --- the prompt -----------------------------------------------------------------------------------
+
+SYSTEM = """\
+You help a student model that answered a question about a video wrongly. You can look at the video.
+Find the one thing that the student missed and hand back the smallest piece of evidence from the
+video that lets the student see it. The student answers again itself: you never answer for it.
+
+Name the error:
+- temporal: it looked at the wrong moment, or missed one, or took events in the wrong order
+- spatial: it looked at the right moment but missed or misread an object, a place or a detail
+- misconception: it saw the right thing but misunderstood the question or reasoned wrongly
+
+Look before you judge. To use a tool, write a line (frames are counted from 0, boxes lie in 0-1):
+TOOL_CALL: get_frame(frame_index)
+TOOL_CALL: zoom_region(frame_index, x1, y1, x2, y2)
+TOOL_CALL: get_temporal_segment(start_frame, end_frame, stride=1)
+
+When you know, reply with exactly this and no tool call:
+<think>your diagnosis</think><answer>{"error_classification": "temporal",
+"evidence_patch": {"content": "what to look for, one or two sentences", "key_frames": [12],
+"temporal_markers": [[10, 14]],
+"spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "the left hand"}]}}</answer>
+
+The content directs attention, it never tells the result:
+- what colour, object or text: say where or when to look, not what is there
+- is it there, how many: say which moments to go through, neither yes or no nor a number
+- what happens, in which order: say what to follow, not the action or the order
+- no option letter, no option text, no ruling out of options
+Bad: "The hand puts down the book." Good: "Follow the right hand until it lets go."
+Bad: "There are three cups." Good: "Go through the table from left to right, near the end too."
+Blind test: someone who has not seen the video must not be able to answer from your words."""
+
+
+def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
+    """The opening conversation: rules, then the case with `num_frames` frames spread over the clip."""
+    total = len(case.video)
+    last, shown = total - 1, min(num_frames, total)
+    lines = [f"Case: {case.id}", f"The video has {total} frames at {case.video.fps:g} fps."]
+    lines += [f"Question: {case.question}", *case.options]
+    if show_answer:
+        lines += [f"Reference answer, for you alone: {case.answer}"]
+    lines += ["The student's response:", case.response, "Frames of the video:"]
+    content = [{"type": "text", "text": "\n".join(lines)}]
+    for k in range(shown):
+        content += _picture(case.video, round(k * last / max(shown - 1, 1)))
+    system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    return [system, {"role": "user", "content": content}]
+
+
+def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
+    """A frame or a crop of it as chat parts: its label and its pixels at native size."""
+    image = video.frame(index)
+    label = f"frame {index} ({index / video.fps:.2f} s)"
+    if box is not None:
+        x1, y1, x2, y2 = box
+        width, height = image.size
+        left, top = int(x1 * width), int(y1 * height)
+        right, bottom = max(left + 1, int(x2 * width)), max(top + 1, int(y2 * height))
+        image = image.crop((left, top, right, bottom))
+        label += f", region {x1:.2f} {y1:.2f} {x2:.2f} {y2:.2f}"
+    return [{"type": "text", "text": label}, {"type": "image", "image": image}]
+
+
+# --- the tools ------------------------------------------------------------------------------------
+
+TOOLS = {
+    "get_frame": ("frame_index",),
+    "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
+    "get_temporal_segment": ("start_frame", "end_frame", "stride"),
+}
+
+
+def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
+    """Execute one tool call on the original video; returns chat parts (labels and images).
+
+    The arguments are parsed as numbers, never evaluated. Raises ValueError with a sentence for the
+    teacher where the call cannot be carried out; the loop hands that sentence back to it.
+    """
+    if name not in TOOLS:
+        raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
+    names, values = TOOLS[name], {"stride": 1} if name == "get_temporal_segment" else {}
+    for position, text in enumerate(filter(None, map(str.strip, arguments.split(",")))):
+        key, _, value = text.rpartition("=")
+        values[key.strip() or "".join(names[position : position + 1])] = value
+    if set(values) != set(names):
+        raise ValueError(f"{name} takes ({', '.join(names)})")
+    if name != "get_temporal_segment":
+        box = _box([values[corner] for corner in names[1:]]) if name == "zoom_region" else None
+        return _picture(video, _index(values["frame_index"], video), box)
+    start, end = _index(values["start_frame"], video), _index(values["end_frame"], video)
+    indices = range(start, end + 1, max(1, int(_number(values["stride"]))))
+    if not 0 < len(indices) <= MAX_SEGMENT:
+        raise ValueError(f"that is {len(indices)} frames; ask for 1 to {MAX_SEGMENT}, use stride")
+    return [part for index in indices for part in _picture(video, index)]
+
+
+def _number(value) -> float:
+    number = float(value)  # ValueError or TypeError: no number
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is no finite number")
+    return number
+
+
+def _index(value, video: Clip) -> int:
+    if not 0 <= _number(value) < len(video):
+        raise ValueError(f"there is no frame {value}, only 0 to {len(video) - 1}")
+    return int(_number(value))
+
+
+def _box(values) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = map(_number, values)
+    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+        raise ValueError(f"the box {values} needs 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+    return x1, y1, x2, y2
+
+
+# --- the reply and its limits ---------------------------------------------------------------------
+
+
+def parse_patch(text: str, case: Case) -> EvidencePatch:
+    """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
+    tagged = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
+    body = tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1]
+    try:
+        reply = json.loads(body)
+        evidence = reply["evidence_patch"]
+        patch = EvidencePatch(str(reply["error_classification"]).strip().lower())
+        patch.guidance = " ".join(str(evidence.get("content") or "").split()[:MAX_WORDS])
+        frames = [_index(k, case.video) for k in evidence.get("key_frames") or []]
+        patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
+        for start, end in evidence.get("temporal_markers") or []:
+            start, end = sorted((_index(start, case.video), _index(end, case.video)))
+            patch.spans.append((start, end))
+        for region in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
+            what = " ".join(str(region.get("what") or "").split()[:8])
+            patch.regions.append(Region(_index(region["frame"], case.video), _box(region["box"]), what))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise TeacherError("malformed", str(error)) from error
+    if patch.error_type not in ERROR_TYPES:
+        raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
+    # Minimal: together the spans are at most MAX_SHARE of the clip, else they shrink to their middles.
+    share = sum(end - start + 1 for start, end in patch.spans) / len(case.video)
+    if share > MAX_SHARE:
+        keep = MAX_SHARE / share / 2
+        halves = [((a + b) / 2, (b - a + 1) * keep) for a, b in patch.spans]
+        patch.spans = [(int(mid - half + 0.5), int(mid + half - 0.5)) for mid, half in halves]
+        patch.spans = [(min(a, b), max(a, b)) for a, b in patch.spans]
+    # A patch does not answer: no place where a place is asked, no time where a time is asked.
+    if re.search(r"\b(where|which side|which part|position|location)\b", case.question, re.I):
+        patch.regions = []
+    if re.search(r"\b(when|what time|which (second|minute|moment)|how long)\b", case.question, re.I):
+        patch.spans, patch.show_times = [], False
+    if not (patch.guidance or patch.key_frames or patch.spans or patch.regions):
+        raise TeacherError("malformed", "an empty patch")
+    return patch
+
+
+# --- the leak gate --------------------------------------------------------------------------------
+
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def leak(patch: EvidencePatch, case: Case) -> str | None:
+    """Why the patch's words give the answer away, or None. Knows y whether or not T was shown it."""
+    words = " ".join([patch.guidance, *(region.what for region in patch.regions)])
+    text = _plain(words)
+    if re.search(r"\b(the|correct|right) (answer|option|choice)\b", text):
+        return "it speaks of the answer"
+    answers = {_plain(case.answer)}
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", case.answer.strip())
+    if letter and case.options:
+        if re.search(rf"\b{letter[1]}\b(?! \w)|\boption {letter[1]}\b", words, re.I):
+            return "it names the option"
+        chosen = [o for o in case.options if o.strip().upper().startswith(letter[1].upper())]
+        answers = {_plain(re.sub(r"^\(?\w[).:]\s*", "", option)) for option in chosen}
+    for number, word in enumerate(NUMBER_WORDS):
+        if answers & {str(number), word}:
+            answers |= {str(number), word}
+    for answer in answers:
+        if answer and re.search(rf"\b{re.escape(answer)}\b", text):
+            return "it contains the answer"
+    return None
+
+
+def _plain(text: str) -> str:
+    """Case-folded words without articles and punctuation, one space between."""
+    words = re.findall(r"\w+(?:\.\d+)?", text.casefold())
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or text.strip()
+
+
+# --- Find and Fix: all failures of a step together ------------------------------------------------
+
+
+def diagnose(
+    cases: list[Case],
+    chat: Chat,
+    show_answer: bool = True,
+    num_frames: int = 16,
+    timeout: float | None = None,
+) -> list[EvidencePatch | TeacherError]:
+    """Run the tool loop for all cases together: one `chat` call per turn for those still open.
+
+    A turn either calls tools, whose pictures are handed back, or closes with the JSON. A patch that
+    leaks is asked for once more with the reason, then reduced to its frames, times and regions.
+    Whatever goes wrong with a case becomes its `TeacherError`; a brain that raises, or is silent
+    for `timeout` seconds, fails the cases open at that turn.
+    """
+    results: dict[int, EvidencePatch | TeacherError] = {}
+    talks, transcripts, refusals, tokens = {}, {}, {}, Counter()
+    for i, case in enumerate(cases):
+        transcripts[i], refusals[i] = [], []
+        try:
+            talks[i] = first_messages(case, show_answer, num_frames)
+        except (ValueError, RuntimeError, OSError) as error:
+            results[i] = TeacherError("video", str(error))
+    for _ in range(MAX_TURNS):
+        waiting = [i for i in talks if i not in results]
+        replies = _ask(chat, [talks[i] for i in waiting], timeout) if waiting else []
+        for i, reply in zip(waiting, replies):
+            try:
+                if isinstance(reply, TeacherError):
+                    raise reply
+                tokens[i] += reply.tokens
+                outcome = _turn(reply.text, cases[i], transcripts[i], refusals[i])
+            except TeacherError as error:
+                results[i] = error
+                continue
+            if isinstance(outcome, EvidencePatch):
+                outcome.transcript, outcome.refusals = transcripts[i], refusals[i]
+                outcome.tokens, results[i] = tokens[i], outcome
+            else:
+                said = {"role": "assistant", "content": [{"type": "text", "text": reply.text}]}
+                talks[i] += [said, {"role": "user", "content": outcome}]
+    late = TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+    return [results.get(i, late) for i in range(len(cases))]
+
+
+def _turn(text: str, case: Case, transcript: list, refusals: list) -> EvidencePatch | list[dict]:
+    """One reply: a patch that passed the gate, or the parts to answer the teacher with."""
+    calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", text)[:MAX_CALLS]
+    if calls:
+        parts = []
+        for name, arguments in calls:
+            try:
+                parts += run_tool(name, arguments, case.video)
+                transcript.append(f"{name}({arguments})")
+            except (ValueError, RuntimeError, OSError) as error:
+                parts.append({"type": "text", "text": f"{name} failed: {error}"})
+                transcript.append(f"{name}({arguments}) failed: {error}")
+        return parts
+    patch = parse_patch(text, case)
+    reason = leak(patch, case)
+    if reason is None:
+        return patch
+    refusals.append(reason)
+    if len(refusals) == 1:
+        again = f"Refused: {reason}. Direct attention only; reply once more in the same form."
+        return [{"type": "text", "text": again}]
+    patch.guidance = ""
+    patch.regions = [region._replace(what="") for region in patch.regions]
+    if not (patch.key_frames or patch.spans or patch.regions):
+        raise TeacherError("leak", reason)
+    return patch
+
+
+def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list[Reply | TeacherError]:
+    """Call the brain in a thread of its own, so that one that hangs costs no more than `timeout`."""
+    answered: queue.Queue = queue.Queue()
+
+    def call():
+        try:
+            answered.put(chat(talks))
+        except Exception as error:  # whatever a brain raises costs its cases, never the run
+            answered.put([TeacherError("raised", f"{type(error).__name__}: {error}")] * len(talks))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        replies = answered.get(timeout=timeout)
+    except queue.Empty:
+        return [TeacherError("timeout", f"no reply within {timeout} s")] * len(talks)
+    if not isinstance(replies, list) or len(replies) != len(talks):
+        return [TeacherError("protocol", "not one reply per conversation")] * len(talks)
+    return replies
+
+
+# --- brains ---------------------------------------------------------------------------------------
+
+
+def scripted(truths: dict[str, list[dict]]) -> Chat:
+    """A brain without a model: it looks the evidence up by case id, but speaks the whole protocol.
+
+    `truths[id]` is a list of evidence records (`error_type`, `key_frames`, `region`, and optionally
+    `moment`, `guidance`, `cites`). The first whose `cites` the response lacks is what went wrong;
+    without such a one, the last.
+    """
+
+    def reply(talk: list[dict]) -> Reply | TeacherError:
+        opening = talk[1]["content"][0]["text"]
+        case_id = opening.partition("\n")[0].removeprefix("Case: ")
+        if case_id not in truths:
+            return TeacherError("unknown", f"no evidence for {case_id}")
+        response = opening.partition("The student's response:")[2]
+        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
+        evidence = (missed or truths[case_id][-1:])[0]
+        frames, region = evidence["key_frames"], evidence.get("region")
+        if len(talk) == 2:  # look first
+            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
+            if region:
+                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
+            return Reply("<think>What is to be seen there?</think>\n" + "\n".join(calls))
+        patch = {
+            "content": evidence.get("guidance", ""),
+            "key_frames": frames,
+            "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
+            "spatial_regions": [{"frame": frames[0], "box": region}] if region else [],
+        }
+        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
+        return Reply(f"<think>Found.</think><answer>{json.dumps(body)}</answer>")
+
+    return lambda talks: [reply(talk) for talk in talks]
+
+
+def local(model, processor, max_tokens: int = 1024) -> Chat:
+    """A brain that is a transformers vision-language model; all conversations go in one batch."""
+
+    @torch.no_grad()
+    def chat(talks: list[list[dict]]) -> list[Reply | TeacherError]:
+        template = {"tokenize": False, "add_generation_prompt": True}
+        texts = [processor.apply_chat_template(talk, **template) for talk in talks]
+        parts = [part for talk in talks for message in talk for part in message["content"]]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        processor.tokenizer.padding_side = "left"
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        out = out[:, inputs["input_ids"].shape[1] :]
+        pad = processor.tokenizer.pad_token_id
+        texts = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [Reply(text, int((row != pad).sum())) for text, row in zip(texts, out)]
+
+    return chat
