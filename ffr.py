@@ -2,20 +2,20 @@
 
     x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
     π_θ          `Student`: the model with its processor, prompt and sampling
-    τ, z         a first-pass `Rollout`, and whether the verifier accepts its answer (`score.correct`)
+    τ, z         a first-pass `Rollout`, and whether its answer is right: `score.correct`
     T, c         `teacher`, a function of failed cases, and the `EvidencePatch` it returns
     τ*           the re-answer under the patched prompt (x, c)
-    τ̂            the chosen rollout: τ where z = 1, else τ*; what `find_fix_reason` returns
+    τ̂            the chosen rollout, τ where z = 1, else τ*: what `find_fix_reason` returns
     R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
-    κ, λ         `kappa`, the patch tax; `lam`, the weight of the alignment term
-    G            `num_rollouts` per question
+    κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
 A repaired rollout is on-policy under a different observation: its prompt is the patched one, and
-that is the prompt its tokens are scored under, for π_θ, π_old and π_ref alike. Source: FFR §Method.
+its tokens are scored under that, for π_θ, π_old and π_ref alike. Source: FFR §Method.
 """
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,14 +26,13 @@ from transformers.video_utils import VideoMetadata
 from data import Sample, Video, fit
 from grpo import Completion, Sampling, generate
 from reward import Score, alignment, robust_improvement_reward, score
-from teacher import Case, EvidencePatch, Region, TeacherError
+from teacher import Case, EvidencePatch, TeacherError
 
 PROMPT = """\
 {question}
 {options}
-Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that your \
-reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
-PIXELS = ("pixel_values_videos",)
+Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
+your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 SUFFIXES = {
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is one number.",
@@ -74,8 +73,8 @@ class Question:
     @property
     def spacing(self) -> float:
         """Seconds between two shown frames."""
-        seconds = self.video.seconds
-        return (seconds(self.indices[-1]) - seconds(self.indices[0])) / max(len(self.indices) - 1, 1)
+        first, last = (self.video.seconds(self.indices[end]) for end in (0, -1))
+        return (last - first) / max(len(self.indices) - 1, 1)
 
 
 @dataclass
@@ -112,30 +111,21 @@ def open_question(student: Student, sample: Sample) -> Question:
     return question
 
 
-# --- prompts, with and without a patch ------------------------------------------------------------
-
-
+# --- prompts, with and without a patch ---
 def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> list[dict]:
     """The chat: the video, the question, and after it the patch. The question text is the same
     with and without a patch, so the unpatched user turn is a prefix of the patched one."""
-    fields = {
-        "question": sample.question,
-        "options": "\n".join(sample.options),
-        "suffix": SUFFIXES[sample.problem_type],
-    }
+    fields = {"question": sample.question, "options": "\n".join(sample.options),
+              "suffix": SUFFIXES[sample.problem_type]}
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.prompt)
     content = [{"type": "video"}, {"type": "text", "text": text}]
     return [{"role": "user", "content": [*content, *patch_parts]}]
 
 
-def render_patch(
-    patch: EvidencePatch, video: Video, spacing: float, pictures: bool = True
-) -> list[dict]:
-    """The patch as chat parts: a text block, then key frames with regions drawn, and crops.
-
-    Pictures come from the original video at native size. Times are written as Qwen3-VL's processor
-    writes them. Without pictures the regions are given by their corners.
-    """
+def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
+    """The patch as chat parts: a text block, then key frames with regions drawn, and crops, of the
+    original video at native size. Times are written as Qwen3-VL's processor writes them. Without
+    pictures the regions are given by their corners."""
 
     def at(first: int, last: int) -> str:
         start, end = video.seconds(first), video.seconds(last)
@@ -157,26 +147,20 @@ def render_patch(
     parts = [{"type": "text", "text": "\n".join(lines)}]
     if not pictures:
         return parts
-    for frame in patch.key_frames:
-        image = draw_regions(video.frame(frame), [r for r in patch.regions if r.frame == frame])
-        parts += [{"type": "text", "text": f"\nFrame{when(frame)}:"}, {"type": "image", "image": image}]
+    drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames}
+    crops = []
     for frame, box, _ in patch.regions:
         image = video.frame(frame)
-        corners = [int(v * side) for v, side in zip(box, image.size * 2)]
-        corners[2:] = max(corners[2], corners[0] + 1), max(corners[3], corners[1] + 1)
-        image = image.crop(corners)
-        parts += [{"type": "text", "text": f"\nCrop{when(frame)}:"}, {"type": "image", "image": image}]
+        x1, y1, x2, y2 = (int(v * side) for v, side in zip(box, image.size * 2))
+        corners = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
+        crops.append(("Crop", frame, image.crop(corners)))
+        if frame in drawn:
+            width = max(2, min(image.size) // 100)
+            ImageDraw.Draw(drawn[frame]).rectangle(corners, outline=(255, 0, 0), width=width)
+    for kind, frame, image in [*(("Frame", *item) for item in drawn.items()), *crops]:
+        parts.append({"type": "text", "text": f"\n{kind}{when(frame)}:"})
+        parts.append({"type": "image", "image": image})
     return parts
-
-
-def draw_regions(image: Image.Image, regions: list[Region]) -> Image.Image:
-    """A copy of the frame with each region outlined in red."""
-    image = image.copy()
-    pen = ImageDraw.Draw(image)
-    for region in regions:
-        corners = [v * side for v, side in zip(region.box, image.size * 2)]
-        pen.rectangle(corners, outline=(255, 0, 0), width=max(2, min(image.size) // 100))
-    return image
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
@@ -188,47 +172,29 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     pictures = [fit(p["image"], student.picture_pixels) for p in parts if p["type"] == "image"]
     messages = build_messages(student, question.sample, parts)
     text = render_chat(student.processor, messages)
+    total, fps = len(question.video), question.video.fps
     metadata = VideoMetadata(
-        total_num_frames=len(question.video),
-        fps=question.video.fps,
-        duration=len(question.video) / question.video.fps,
-        frames_indices=list(question.indices),
+        total_num_frames=total, fps=fps, duration=total / fps, frames_indices=list(question.indices)
     )
     inputs = student.processor(
-        text=[text],
-        videos=[question.frames],
-        images=pictures or None,
-        video_metadata=[metadata],
-        do_sample_frames=False,
-        return_tensors="pt",
+        text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
+        do_sample_frames=False, return_tensors="pt",
     )
-    length = inputs["input_ids"].shape[1]
-    if length > student.max_prompt:
-        raise ValueError(
-            f"record {question.sample.id}: its prompt has {length} tokens, over the limit of "
-            f"{student.max_prompt}; raise --max_prompt_length or lower --num_frames or --frame_pixels"
-        )
-    inputs = dict(inputs.to(student.model.device))
-    if question.prompt is not None:  # the same video as one tensor, which scoring encodes once
-        inputs |= {key: question.prompt[key] for key in question.prompt if key in PIXELS}
-    return inputs
+    length, most = inputs["input_ids"].shape[1], student.max_prompt
+    if length > most:
+        raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
+                         f"limit of {most}; raise --max_prompt_length or lower --num_frames")
+    return dict(inputs.to(student.model.device))
 
 
 def render_chat(processor, messages: list[dict]) -> str:
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-# --- the round: Find → Fix → Reason ---------------------------------------------------------------
-
-
+# --- the round: Find → Fix → Reason ---
 def find_fix_reason(
-    student: Student,
-    questions: list[Question],
-    num_rollouts: int,
-    teacher: Teacher | None,
-    kappa: float,
-    lam: float,
-    seed: tuple,
+    student: Student, questions: list[Question], num_rollouts: int, teacher: Teacher | None,
+    kappa: float, lam: float, seed: tuple,
 ) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
 
@@ -247,7 +213,7 @@ def find_fix_reason(
     failed = [
         k for k, (question, _) in enumerate(asked)
         if teacher is not None and question.counts and not chosen[k].score.correct
-    ]  # fmt: skip
+    ]
     verdicts = teacher([case_of(asked[k][0], chosen[k].text) for k in failed]) if failed else []
     # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
     repairs, encoded = [], {}
@@ -266,7 +232,9 @@ def find_fix_reason(
     patched = [prompt for *_, prompt in repairs]
     if student.synced and teacher is not None:
         patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
-    again = generate(student.model, patched, seeds, student.sampling, 1, student.synced) if patched else []
+    again = []
+    if patched:
+        again = generate(student.model, patched, seeds, student.sampling, 1, student.synced)
     # τ̂_i = τ_i if z_i = 1 else τ*_i
     for (k, patch, prompt), completion in zip(repairs, again):
         question = asked[k][0]
@@ -275,11 +243,9 @@ def find_fix_reason(
         repaired.align = alignment(repaired.text, spans, question.spacing / 2)
         repaired.patch, repaired.failed = patch, chosen[k]
         chosen[k] = repaired
-    for rollout in chosen:
-        repaired = rollout.score if rollout.failed else None
-        rollout.reward = robust_improvement_reward(
-            rollout.first.score, repaired, rollout.align, kappa, lam
-        )
+    for r in chosen:
+        repaired = r.score if r.failed else None
+        r.reward = robust_improvement_reward(r.first.score, repaired, r.align, kappa, lam)
     return [chosen[k : k + num_rollouts] for k in range(0, len(chosen), num_rollouts)]
 
 
@@ -305,9 +271,7 @@ def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
 
 
-# --- what a person sees of a repair -----------------------------------------------------------------
-
-
+# --- what a person sees of a repair ---
 def describe_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> list[tuple]:
     """A repaired rollout as (heading, text) sections, in the order of the method."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
@@ -337,14 +301,7 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
 
     def write(text: str, face=font, colour="black") -> None:
         nonlocal y
-        for paragraph in text.splitlines():
-            row = ""
-            for word in paragraph.split(" "):
-                if row and face.getlength(f"{row} {word}") > width - 2 * edge:
-                    pen.text((edge, y), row, colour, face)
-                    y, row = y + line, word
-                else:
-                    row = f"{row} {word}" if row else word
+        for row in [r for p in text.splitlines() for r in textwrap.wrap(p, 100) or [""]]:
             pen.text((edge, y), row, colour, face)
             y += line
 

@@ -7,7 +7,7 @@
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
 
 Sources: FFR eq. R̃ and app. D.3 (rewards by type, those of Video-R1); when a graded answer counts as
-failed, and the alignment term, are ours. Standard library only; this file imports no sibling.
+failed, and the alignment term, are ours. Standard library only; imports no sibling.
 """
 
 import math
@@ -25,28 +25,19 @@ class Score(NamedTuple):
 
 
 def score(response: str, answer: str, problem_type: str) -> Score:
-    """Judge one response τ against the reference answer y."""
-    given = extract_answer(response)
-    accuracy = 0.0 if given is None else accuracy_reward(given, answer, problem_type)
-    correct = given is not None and verify(given, answer, problem_type)
-    return Score(accuracy, format_reward(response), correct)
-
-
-def extract_answer(response: str) -> str | None:
-    """The text of the last `<answer>…</answer>`, or None."""
+    """Judge a response τ, by its last `<answer>…</answer>`, against the reference answer y."""
     found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return found[-1].strip() if found else None
+    if not found:
+        return Score(0.0, format_reward(response), False)
+    given = (found[-1].strip(), answer, problem_type)
+    return Score(accuracy_reward(*given), format_reward(response), verify(*given))
 
 
 def format_reward(response: str) -> float:
     """R_fmt: 1 for exactly `<think>…</think> <answer>…</answer>`, each tag once, else 0."""
     shape = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    once = all(response.count(tag) == 1 for tag in tags)
+    once = all(response.count(tag) == 1 for tag in re.findall(r"</?\w+>", shape))
     return float(once and re.fullmatch(shape, response, re.DOTALL) is not None)
-
-
-# --- R and z by problem type (FFR app. D.3; the thresholds of z are ours) -------------------------
 
 
 def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
@@ -69,7 +60,7 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
 
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
-    """z: failed rollouts go to the teacher, so a graded type needs a threshold that R = 1 is not."""
+    """z: R = 1, but for two graded types a threshold (ours), since R = 1 is next to never reached."""
     if problem_type == "free-form":
         return rouge_l(given, answer) >= 0.5
     if problem_type == "regression":
@@ -85,9 +76,11 @@ def _letter(text: str) -> str | None:
 
 def _number(text: str) -> float | None:
     """The one number in the text ('1,200 m' → 1200.0); None where there is none or several."""
-    pattern = r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?"
-    found = re.findall(pattern, text.replace("−", "-"))
-    value = float(found[0].replace(",", "")) if len(found) == 1 else math.nan
+    found = re.findall(r"[-+]?[\d.,]*\d(?:[eE][-+]?\d+)?", text.replace("−", "-"))
+    try:
+        (value,) = (float(re.sub(r",(?=\d{3}\b)", "", number)) for number in found)
+    except ValueError:
+        return None
     return value if math.isfinite(value) else None
 
 
@@ -116,12 +109,13 @@ def word_error_rate(given: str, answer: str) -> float:
 
 
 def rouge_n(given: str, answer: str, n: int) -> float:
-    """ROUGE-n F1 without stemming. Where both texts are shorter than n words, ROUGE-(n−1)."""
+    """ROUGE-n F1 without stemming. Where both texts are shorter than n words, ROUGE-(n−1): a right
+    one-word answer must be able to reach R = 1."""
     x, y = _words(given), _words(answer)
-    if n > 1 and max(len(x), len(y)) < n:  # a right one-word answer must be able to reach R = 1
+    if n > 1 and max(len(x), len(y)) < n:
         return rouge_n(given, answer, n - 1)
-    grams = [Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y)]
-    return _f1(sum((grams[0] & grams[1]).values()), grams[0].total(), grams[1].total())
+    a, b = (Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y))
+    return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
 
 def rouge_l(given: str, answer: str) -> float:
@@ -133,14 +127,7 @@ def rouge_l(given: str, answer: str) -> float:
         for j, reference in enumerate(y, 1):
             longest = diagonal + 1 if word == reference else max(row[j], row[j - 1])
             diagonal, row[j] = row[j], longest
-    return _f1(row[-1], len(x), len(y))
-
-
-def _f1(hits: float, given: float, wanted: float) -> float:
-    return 2 * hits / (given + wanted) if given + wanted else 0.0
-
-
-# --- dependency alignment (ours) ------------------------------------------------------------------
+    return 2 * row[-1] / max(len(x) + len(y), 1)
 
 
 def cited_moments(rationale: str) -> list[tuple[float, float]]:
@@ -148,39 +135,36 @@ def cited_moments(rationale: str) -> list[tuple[float, float]]:
     '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
     number, unit = r"(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
     pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
-    moments = []
-    for start, end, single in re.findall(pattern, rationale):
-        moments.append((float(single or start), float(single or end)))
-    for minutes, seconds in re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale):
-        moments.append((int(minutes) * 60.0 + int(seconds),) * 2)
+    found = re.findall(pattern, rationale)
+    moments = [(float(single or start), float(single or end)) for start, end, single in found]
+    clock = re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale)
+    moments += [(int(minutes) * 60.0 + int(seconds),) * 2 for minutes, seconds in clock]
     return [(min(pair), max(pair)) for pair in moments]
 
 
 def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
-    """F1 between the moments that the rationale cites and the patch's spans, in [0, 1].
+    """F1 between the moments that the rationale (`<think>`) cites and the patch's spans, in [0, 1].
 
     `spans` and `tolerance` (half the student's frame spacing) are in seconds. Precision is the part
     of the cited time that lies in a span, so citing everything does not win; recall the share of
-    spans cited. The rationale is the text in `<think>`.
+    spans cited. Ours: the paper names the goal, "rationales that reflect the cited evidence".
     """
     rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
     cited = cited_moments(rationale[1]) if rationale else []
     wide = [(start - tolerance, end + tolerance) for start, end in spans]
     if not cited or not wide:
         return 0.0
-    precision = sum(max(_inside(c, span) for span in wide) for c in cited) / len(cited)
-    recall = sum(any(_inside(c, span) > 0 for c in cited) for span in wide) / len(wide)
+    inside = [[_inside(moment, span) for span in wide] for moment in cited]
+    precision = sum(map(max, inside)) / len(cited)
+    recall = sum(max(column) > 0 for column in zip(*inside)) / len(wide)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _inside(cited: tuple[float, float], span: tuple[float, float]) -> float:
-    """The part of a cited moment, a point or an interval, that lies in a span."""
-    overlap = min(cited[1], span[1]) - max(cited[0], span[0])
-    length = cited[1] - cited[0]
+def _inside(moment: tuple[float, float], span: tuple[float, float]) -> float:
+    """The part of a moment, a point or an interval, that lies in a span."""
+    overlap = min(moment[1], span[1]) - max(moment[0], span[0])
+    length = moment[1] - moment[0]
     return max(0.0, overlap / length) if length else float(overlap >= 0)
-
-
-# --- the Robust Improvement Reward ----------------------------------------------------------------
 
 
 def robust_improvement_reward(

@@ -4,10 +4,10 @@
     c_i                 `EvidencePatch`   brain    `chat(conversations) -> replies`
     e_i                 `error_type`      tools    `run_tool`, on the original video
 
-A brain is any function from a list of conversations to a list of `Reply | TeacherError`, one each;
-a conversation is a list of chat messages whose parts are text or Pillow images. Prompt, tool loop,
-leak gate and size limits are the same for all brains: `scripted` (looks the truth up), `local` (a
-transformers VLM). Sources: FFR §Find, §Fix and app. B. This file imports no sibling.
+A brain is any function from conversations to as many replies; a conversation is a list of chat
+messages whose parts are texts or Pillow images. Prompt, tool loop, leak gate and limits are the same
+for all: `scripted` (looks the truth up), `local` (a transformers VLM). Sources: FFR §Find, §Fix,
+app. B. This file imports no sibling.
 """
 
 import json
@@ -15,9 +15,8 @@ import math
 import queue
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,7 +24,9 @@ from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
 MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
-MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # of the tool loop, per turn, frames per segment
+MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; frames of a segment
+PLACE = r"\b(where|(which|what) (side|part|corner)|position|location)\b"  # questions for a place
+TIME = r"\b(when|(which|what) (time|second|minute|moment)|how long)\b"  # questions for a time
 
 
 class Clip(Protocol):
@@ -40,7 +41,7 @@ class Clip(Protocol):
 
 @dataclass
 class Case:
-    """One failed rollout: the question x, the reference y, the response τ."""
+    """S_i: one failed rollout's question x, reference y and response τ_i."""
 
     id: str
     question: str
@@ -72,7 +73,7 @@ class EvidencePatch:
 
     @property
     def content(self) -> str:
-        """All that the student is shown, as one string: equal patches have equal content."""
+        """All that the student is shown: equal patches have equal content."""
         shown = (self.error_type, self.guidance, self.key_frames, self.spans, self.regions)
         return repr((*shown, self.show_times))
 
@@ -81,28 +82,27 @@ class TeacherError(Exception):
     """No patch for this case. `cause` is one word for the metrics."""
 
     def __init__(self, cause: str, detail: str = ""):
-        super().__init__(f"{cause}: {detail}" if detail else cause)
+        super().__init__(f"{cause}: {detail}")
         self.cause = cause
 
 
-@dataclass
-class Reply:
+class Reply(NamedTuple):
     text: str
     tokens: int = 0
 
 
 Chat = Callable[[list[list[dict]]], list[Reply | TeacherError]]
 
-# --- the prompt -----------------------------------------------------------------------------------
+# --- the prompt ---
 
 SYSTEM = """\
-You help a student model that answered a question about a video wrongly. You can look at the video.
-Find the one thing that the student missed and hand back the smallest piece of evidence from the
-video that lets the student see it. The student answers again itself: you never answer for it.
+A student model answered a question about a video wrongly. You can look at the video. Find the one
+thing it missed, and hand back the smallest piece of evidence from the video that lets it see that.
+The student answers again itself: you never answer for it.
 
 Name the error:
-- temporal: it looked at the wrong moment, or missed one, or took events in the wrong order
-- spatial: it looked at the right moment but missed or misread an object, a place or a detail
+- temporal: it looked at the wrong moment, missed one, or mixed up the order of events
+- spatial: it looked at the right moment but missed or misread an object, a place, a detail
 - misconception: it saw the right thing but misunderstood the question or reasoned wrongly
 
 Look before you judge. To use a tool, write a line (frames are counted from 0, boxes lie in 0-1):
@@ -127,36 +127,33 @@ Blind test: someone who has not seen the video must not be able to answer from y
 
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
-    """The opening conversation: rules, then the case with `num_frames` frames spread over the clip."""
-    total = len(case.video)
-    last, shown = total - 1, min(num_frames, total)
-    lines = [f"Case: {case.id}", f"The video has {total} frames at {case.video.fps:g} fps."]
+    """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
+    last = len(case.video) - 1
+    lines = [f"Case: {case.id}", f"The video has {last + 1} frames at {case.video.fps:g} fps."]
     lines += [f"Question: {case.question}", *case.options]
-    if show_answer:
-        lines += [f"Reference answer, for you alone: {case.answer}"]
+    lines += [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines += ["The student's response:", case.response, "Frames of the video:"]
-    content = [{"type": "text", "text": "\n".join(lines)}]
-    for k in range(shown):
-        content += _picture(case.video, round(k * last / max(shown - 1, 1)))
-    system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
-    return [system, {"role": "user", "content": content}]
+    content = [_text("\n".join(lines))]
+    for k in sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}):
+        content += _picture(case.video, k)
+    return [{"role": "system", "content": [_text(SYSTEM)]}, {"role": "user", "content": content}]
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
 
 
 def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
-    """A frame or a crop of it as chat parts: its label and its pixels at native size."""
-    image = video.frame(index)
-    label = f"frame {index} ({index / video.fps:.2f} s)"
+    """A frame, or a crop of it, at native size: its label and its pixels as chat parts."""
+    image, label = video.frame(index), f"frame {index} ({index / video.fps:.2f} s)"
     if box is not None:
-        x1, y1, x2, y2 = box
-        width, height = image.size
-        left, top = int(x1 * width), int(y1 * height)
-        right, bottom = max(left + 1, int(x2 * width)), max(top + 1, int(y2 * height))
-        image = image.crop((left, top, right, bottom))
-        label += f", region {x1:.2f} {y1:.2f} {x2:.2f} {y2:.2f}"
-    return [{"type": "text", "text": label}, {"type": "image", "image": image}]
+        x1, y1, x2, y2 = (int(v * side) for v, side in zip(box, image.size * 2))
+        image = image.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+        label += ", region " + " ".join(f"{v:.2f}" for v in box)
+    return [_text(label), {"type": "image", "image": image}]
 
 
-# --- the tools ------------------------------------------------------------------------------------
+# --- the tools ---
 
 TOOLS = {
     "get_frame": ("frame_index",),
@@ -209,71 +206,68 @@ def _box(values) -> tuple[float, float, float, float]:
     return x1, y1, x2, y2
 
 
-# --- the reply and its limits ---------------------------------------------------------------------
-
-
+# --- the reply and its limits ---
 def parse_patch(text: str, case: Case) -> EvidencePatch:
     """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
     tagged = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
-    body = tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1]
     try:
-        reply = json.loads(body)
-        evidence = reply["evidence_patch"]
+        reply = json.loads(tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1])
+        evidence, video = reply["evidence_patch"], case.video
         patch = EvidencePatch(str(reply["error_classification"]).strip().lower())
-        patch.guidance = " ".join(str(evidence.get("content") or "").split()[:MAX_WORDS])
-        frames = [_index(k, case.video) for k in evidence.get("key_frames") or []]
+        patch.guidance = _words(evidence.get("content"), MAX_WORDS)
+        frames = [_index(k, video) for k in evidence.get("key_frames") or []]
         patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
         for start, end in evidence.get("temporal_markers") or []:
-            start, end = sorted((_index(start, case.video), _index(end, case.video)))
-            patch.spans.append((start, end))
-        for region in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
-            what = " ".join(str(region.get("what") or "").split()[:8])
-            patch.regions.append(Region(_index(region["frame"], case.video), _box(region["box"]), what))
+            patch.spans.append(tuple(sorted((_index(start, video), _index(end, video)))))
+        for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
+            what = _words(r.get("what"), 8)
+            patch.regions.append(Region(_index(r["frame"], video), _box(r["box"]), what))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise TeacherError("malformed", str(error)) from error
     if patch.error_type not in ERROR_TYPES:
         raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
-    # Minimal: together the spans are at most MAX_SHARE of the clip, else they shrink to their middles.
-    share = sum(end - start + 1 for start, end in patch.spans) / len(case.video)
+    # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
+    share = sum(end - start + 1 for start, end in patch.spans) / len(video)
     if share > MAX_SHARE:
-        keep = MAX_SHARE / share / 2
-        halves = [((a + b) / 2, (b - a + 1) * keep) for a, b in patch.spans]
-        patch.spans = [(int(mid - half + 0.5), int(mid + half - 0.5)) for mid, half in halves]
-        patch.spans = [(min(a, b), max(a, b)) for a, b in patch.spans]
+        keep = MAX_SHARE / share
+        lengths = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
+        patch.spans = [((ab - n + 1) // 2, (ab - n + 1) // 2 + n - 1) for ab, n in lengths]
     # A patch does not answer: no place where a place is asked, no time where a time is asked.
-    if re.search(r"\b(where|which side|which part|position|location)\b", case.question, re.I):
+    if re.search(PLACE, case.question, re.I):
         patch.regions = []
-    if re.search(r"\b(when|what time|which (second|minute|moment)|how long)\b", case.question, re.I):
+    if re.search(TIME, case.question, re.I):
         patch.spans, patch.show_times = [], False
     if not (patch.guidance or patch.key_frames or patch.spans or patch.regions):
         raise TeacherError("malformed", "an empty patch")
     return patch
 
 
-# --- the leak gate --------------------------------------------------------------------------------
+def _words(value, most: int) -> str:
+    return " ".join(str(value or "").split()[:most])
 
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+# --- the leak gate ---
+
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def leak(patch: EvidencePatch, case: Case) -> str | None:
     """Why the patch's words give the answer away, or None. Knows y whether or not T was shown it."""
     words = " ".join([patch.guidance, *(region.what for region in patch.regions)])
-    text = _plain(words)
-    if re.search(r"\b(the|correct|right) (answer|option|choice)\b", text):
-        return "it speaks of the answer"
     answers = {_plain(case.answer)}
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", case.answer.strip())
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", case.answer.strip())
     if letter and case.options:
-        if re.search(rf"\b{letter[1]}\b(?! \w)|\boption {letter[1]}\b", words, re.I):
+        if re.search(rf"\b{letter[1].upper()}\b(?! [a-z])|\boption {letter[1]}\b", words, re.I):
             return "it names the option"
-        chosen = [o for o in case.options if o.strip().upper().startswith(letter[1].upper())]
-        answers = {_plain(re.sub(r"^\(?\w[).:]\s*", "", option)) for option in chosen}
-    for number, word in enumerate(NUMBER_WORDS):
+        own = [o for o in case.options if re.match(rf"\W*{letter[1]}\b", o, re.I)]
+        answers = {_plain(re.sub(r"^\W*\w\W+", "", option)) for option in own}
+    for number, word in enumerate(NUMBERS):
         if answers & {str(number), word}:
             answers |= {str(number), word}
-    for answer in answers:
-        if answer and re.search(rf"\b{re.escape(answer)}\b", text):
-            return "it contains the answer"
+    if re.search(r"\b(correct|right) (answer|option|choice)\b|\banswer is\b", words, re.I):
+        return "it speaks of the answer"
+    if any(f" {answer} " in f" {_plain(words)} " for answer in answers):
+        return "it contains the answer"
     return None
 
 
@@ -283,14 +277,9 @@ def _plain(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the")) or text.strip()
 
 
-# --- Find and Fix: all failures of a step together ------------------------------------------------
-
-
+# --- Find and Fix: all failures of a step together ---
 def diagnose(
-    cases: list[Case],
-    chat: Chat,
-    show_answer: bool = True,
-    num_frames: int = 16,
+    cases: list[Case], chat: Chat, show_answer: bool = True, num_frames: int = 16,
     timeout: float | None = None,
 ) -> list[EvidencePatch | TeacherError]:
     """Run the tool loop for all cases together: one `chat` call per turn for those still open.
@@ -300,10 +289,8 @@ def diagnose(
     Whatever goes wrong with a case becomes its `TeacherError`; a brain that raises, or is silent
     for `timeout` seconds, fails the cases open at that turn.
     """
-    results: dict[int, EvidencePatch | TeacherError] = {}
-    talks, transcripts, refusals, tokens = {}, {}, {}, Counter()
+    results, talks, drafts = {}, {}, [EvidencePatch("") for _ in cases]
     for i, case in enumerate(cases):
-        transcripts[i], refusals[i] = [], []
         try:
             talks[i] = first_messages(case, show_answer, num_frames)
         except (ValueError, RuntimeError, OSError) as error:
@@ -315,52 +302,51 @@ def diagnose(
             try:
                 if isinstance(reply, TeacherError):
                     raise reply
-                tokens[i] += reply.tokens
-                outcome = _turn(reply.text, cases[i], transcripts[i], refusals[i])
+                drafts[i].tokens += reply.tokens
+                outcome = _turn(reply.text, cases[i], drafts[i])
             except TeacherError as error:
                 results[i] = error
                 continue
             if isinstance(outcome, EvidencePatch):
-                outcome.transcript, outcome.refusals = transcripts[i], refusals[i]
-                outcome.tokens, results[i] = tokens[i], outcome
+                results[i] = outcome
             else:
-                said = {"role": "assistant", "content": [{"type": "text", "text": reply.text}]}
-                talks[i] += [said, {"role": "user", "content": outcome}]
+                talks[i].append({"role": "assistant", "content": [_text(reply.text)]})
+                talks[i].append({"role": "user", "content": outcome})
     late = TeacherError("turns", f"no patch within {MAX_TURNS} turns")
     return [results.get(i, late) for i in range(len(cases))]
 
 
-def _turn(text: str, case: Case, transcript: list, refusals: list) -> EvidencePatch | list[dict]:
-    """One reply: a patch that passed the gate, or the parts to answer the teacher with."""
+def _turn(text: str, case: Case, draft: EvidencePatch) -> EvidencePatch | list[dict]:
+    """One reply: a patch that passed the gate, or the parts to answer the teacher with. `draft`
+    keeps what the finished patch tells of its making."""
     calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", text)[:MAX_CALLS]
+    parts = []
+    for name, arguments in calls:
+        try:
+            parts += run_tool(name, arguments, case.video)
+            draft.transcript.append(f"{name}({arguments})")
+        except (ValueError, RuntimeError, OSError) as error:
+            parts.append(_text(f"{name} failed: {error}"))
+            draft.transcript.append(f"{name}({arguments}) failed: {error}")
     if calls:
-        parts = []
-        for name, arguments in calls:
-            try:
-                parts += run_tool(name, arguments, case.video)
-                transcript.append(f"{name}({arguments})")
-            except (ValueError, RuntimeError, OSError) as error:
-                parts.append({"type": "text", "text": f"{name} failed: {error}"})
-                transcript.append(f"{name}({arguments}) failed: {error}")
         return parts
     patch = parse_patch(text, case)
     reason = leak(patch, case)
-    if reason is None:
-        return patch
-    refusals.append(reason)
-    if len(refusals) == 1:
-        again = f"Refused: {reason}. Direct attention only; reply once more in the same form."
-        return [{"type": "text", "text": again}]
-    patch.guidance = ""
-    patch.regions = [region._replace(what="") for region in patch.regions]
-    if not (patch.key_frames or patch.spans or patch.regions):
-        raise TeacherError("leak", reason)
-    return patch
+    if reason is not None:
+        draft.refusals.append(reason)
+        if len(draft.refusals) == 1:
+            return [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
+        patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
+        if not (patch.key_frames or patch.spans or patch.regions):
+            raise TeacherError("leak", reason)
+    return replace(
+        patch, transcript=draft.transcript, refusals=draft.refusals, tokens=draft.tokens
+    )
 
 
 def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list[Reply | TeacherError]:
-    """Call the brain in a thread of its own, so that one that hangs costs no more than `timeout`."""
-    answered: queue.Queue = queue.Queue()
+    """Call the brain in a thread, so that one that hangs costs no more than `timeout`."""
+    answered = queue.Queue()
 
     def call():
         try:
@@ -378,9 +364,7 @@ def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list[Rep
     return replies
 
 
-# --- brains ---------------------------------------------------------------------------------------
-
-
+# --- brains ---
 def scripted(truths: dict[str, list[dict]]) -> Chat:
     """A brain without a model: it looks the evidence up by case id, but speaks the whole protocol.
 

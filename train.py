@@ -1,8 +1,7 @@
 """Train a video student with Find, Fix, Reason: `accelerate launch train.py`.
 
-Without `--model` this is tiny mode: it writes needle videos, gives a tiny random Qwen3-VL a cold
-start, and runs the same loop, processor, chat template, tool protocol and loss as a 7B run does.
-With `--model PATH --data FILE --video_root DIR` it trains that student on those records.
+Without `--model` this is tiny mode: needle videos, a tiny random Qwen3-VL with a cold start, and the
+same loop, processor, chat template, tool protocol and loss as `--model PATH --data FILE` runs.
 """
 
 import json
@@ -77,7 +76,6 @@ class Config:
     epochs: int = setting(1, "passes over the records")
     max_steps: int = setting(0, "steps; 0: as many as the epochs have (ours)")
     questions_per_device: int = setting(1, "questions per process and step")
-    micro_batch: int = setting(0, "rollouts per forward and backward; 0: all (ours)")
     save_steps: int = setting(200, "steps between checkpoints (ours)")
     log_with: str = setting("", "an accelerate tracker, e.g. tensorboard (ours)")
     cold_start_steps: int = setting(1000, "tiny mode: supervised steps before training (ours)")
@@ -88,7 +86,7 @@ TINY = {
     "out": "runs/tiny", "prompt": "{question}", "frame_pixels": 1024, "picture_pixels": 1024,
     "max_completion_length": 16, "learning_rate": 3e-4, "beta": 0.0, "lam": 0.1,
     "questions_per_device": 8, "max_steps": 130,
-}  # fmt: skip
+}
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.1, 0.7  # how often the cold start's answers are right beyond chance
 SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
@@ -117,9 +115,7 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
-# --- student and teacher --------------------------------------------------------------------------
-
-
+# --- student and teacher ---
 def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
     """Model and processor from a folder or the hub. Weights are fp32: bf16 weights would round
     updates of 5e-6 away (for speed, `accelerate launch --mixed_precision bf16`)."""
@@ -129,31 +125,27 @@ def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {name}: no processor loads from there ({error})") from error
     if not hasattr(processor, "video_processor") or not processor.chat_template:
-        raise SystemExit(
-            f"train.py: {name}: its processor lacks a video processor or a chat template; save the "
-            "complete one into that folder with processor.save_pretrained"
-        )
+        raise SystemExit(f"train.py: {name}: its processor lacks a video processor or a chat "
+                         "template; complete the folder with processor.save_pretrained")
     hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     if ffr.render_chat(processor, hello).rstrip().endswith("<think>"):
-        raise SystemExit(
-            f"train.py: {name}: its chat template opens <think> itself, so the format reward would "
-            "be 0 for ever; use a template that leaves <think> to the model"
-        )
+        raise SystemExit(f"train.py: {name}: its chat template opens <think> itself, so the format "
+                         "reward would be 0 for ever; use a template that leaves that to the model")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
     tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    parts = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    parts = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
     vision = {getattr(owner, part, None) for owner in (model.config, processor) for part in parts}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = grpo.Sampling(
         config.temperature, config.top_p, config.max_completion_length, tuple(sorted(eos)), pad,
         tuple(sorted((vision | {pad}) - eos - {None})),
-    )  # fmt: skip
+    )
     return ffr.Student(
         model.to(accelerator.device), processor, sampling, config.prompt, config.num_frames,
         config.frame_pixels, config.picture_pixels, config.max_prompt_length,
         config.patch_pictures, accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"),
-    )  # fmt: skip
+    )
 
 
 def load_teacher(config: Config, samples: list[data.Sample], device) -> ffr.Teacher | None:
@@ -172,12 +164,10 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> ffr.Teac
     return partial(
         teacher.diagnose, chat=chat, show_answer=config.teacher_sees_answer,
         num_frames=config.num_frames, timeout=config.teacher_timeout,
-    )  # fmt: skip
+    )
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
+# --- training ---
 def train(config: Config, accelerator, student, samples, teach, spare) -> list[dict]:
     """The loop; returns every step's metrics. `spare`: a question that is known to open."""
     per_step = config.questions_per_device * accelerator.num_processes
@@ -199,28 +189,29 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         groups = ffr.find_fix_reason(
             student, questions, config.num_rollouts, teach, config.kappa, config.lam,
             (config.seed, step),
-        )  # fmt: skip
+        )
         rollouts = [rollout for group in groups for rollout in group]
-        # A_i within each group; the batch's std is over all processes
-        rewards = torch.tensor([r.reward for r in rollouts], device=accelerator.device)
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
-        everyone = accelerator.gather(torch.stack([rewards, rewards.new_tensor(weights)], 1))
-        batch_std = everyone[everyone[:, 1] > 0, 0].std()
-        rewards = rewards.view(len(groups), -1)  # (questions, G)
-        advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std).flatten()
+        rows = gather_object([describe(r) for r, w in zip(rollouts, weights) if w])  # everyone's
+        # A_i within each group; the batch's std is over all processes
+        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
+        batch_std = torch.tensor([row["reward"] for row in rows]).std()
+        advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std)
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
         middle = time.time()
         figures = grpo.update(
-            accelerator, model, reference, optimizer, [(r.prompt, r.completion) for r in rollouts],
-            advantages.tolist(), weights, student.sampling, config.epsilon, config.beta,
-            config.num_updates, config.micro_batch, config.max_grad_norm,
+            accelerator, model, reference, optimizer, [r.prompt for r in rollouts],
+            [r.completion for r in rollouts], advantages.flatten().tolist(), weights,
+            max(sum(row["length"] for row in rows), 1), student.sampling, config.epsilon,
+            config.beta, config.num_updates, config.max_grad_norm,
             ffr.stand_in(student, spare) if student.synced else None,
-        )  # fmt: skip
+        )
         scheduler.step()
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle}
-        figures["skipped"] = sum(not question.counts for question in questions)
-        rows = [describe(*row) for *row, w in zip(rollouts, advantages.tolist(), weights) if w]
-        metrics = {"step": step + 1} | summarize(gather_object(rows), gather_object([figures]))
+        figures["skipped"] = weights.count(0.0) / config.num_rollouts
+        helped = [a for r, a in zip(rollouts, advantages.flatten().tolist()) if r.failed]
+        figures["repaired_advantage"] = sum(helped) / max(sum(r["intervention"] for r in rows), 1)
+        metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
         history.append(metrics)
         accelerator.log(metrics, step=step + 1)
         if accelerator.is_main_process:
@@ -228,10 +219,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
                 file.write(json.dumps(metrics) + "\n")
             if shown * steps <= step * SHOWN:
                 shown += show_repair(config, questions, groups, step + 1)
-        bar.set_postfix_str(
-            f"unaided {metrics['unaided']:.2f} helped {metrics['intervention']:.2f} "
-            f"fixed {metrics['fix']:.2f}"
-        )
+        bar.set_postfix_str("unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}".format(**metrics))
         bar.update()
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
             accelerator.save_state(f"{config.out}/checkpoint")
@@ -250,8 +238,8 @@ def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
 
 
 def open_questions(student, samples, spare) -> list[ffr.Question]:
-    """Open each sample. One that fails costs that record: `spare`, which then does not count, stands
-    in, so that all processes keep in step."""
+    """Open each sample. One that fails costs that record: `spare` stands in, without counting, so
+    that all processes keep in step."""
     questions = []
     for sample in samples:
         try:
@@ -262,44 +250,40 @@ def open_questions(student, samples, spare) -> list[ffr.Question]:
     return questions
 
 
-def describe(rollout: ffr.Rollout, advantage: float) -> dict:
+def describe(r: ffr.Rollout) -> dict:
     """A chosen rollout in the numbers that `summarize` averages."""
-    first, r = rollout.first, rollout
     return {
-        "failure": not first.score.correct, "intervention": r.failed is not None,
+        "failure": not r.first.score.correct, "intervention": r.failed is not None,
         "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
         "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
-        "repaired_advantage": advantage, "refused": len(r.patch.refusals) if r.patch else 0,
-        "sampled": len(r.completion.ids) + (len(first.completion.ids) if r.failed else 0),
-        "cause": r.error.cause if r.error else None,
-    }  # fmt: skip
+        "refused": len(r.patch.refusals) if r.patch else 0,
+        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
+        "cause": r.error and r.error.cause,
+    }
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
     """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-
-    def mean(name: str, among: list[dict]) -> float:
-        return sum(row[name] for row in among) / max(len(among), 1)
-
-    causes = Counter(row["cause"] for row in rows if row["cause"])
     patched = [row for row in rows if row["intervention"]]
-    metrics = {"unaided": 1 - mean("failure", rows)}
-    for name in ("failure", "intervention", "reward", "format", "truncated", "length"):
-        metrics[name] = mean(name, rows)
-    for name in ("fix", "align", "repaired_advantage"):
-        metrics[name] = mean(name, patched)
-    metrics["sampled_tokens"] = sum(row["sampled"] for row in rows)
-    metrics["refused"] = sum(row["refused"] for row in rows)
-    metrics["teacher_failures"] = sum(causes.values())
-    metrics |= {f"teacher_{cause}": count for cause, count in causes.items()}
-    for name in ("loss", "kl", "entropy", "clipped", "skipped"):
+    metrics = {}
+    for names, among in (
+        ("failure intervention reward format truncated length", rows),
+        ("fix align", patched),
+    ):
+        for name in names.split():
+            metrics[name] = sum(row[name] for row in among) / max(len(among), 1)
+    for name in ("sampled_tokens", "refused"):
+        metrics[name] = sum(row[name] for row in rows)
+    for name in ("loss", "kl", "entropy", "clipped", "skipped", "repaired_advantage"):
         metrics[name] = sum(update[name] for update in updates)
     for name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update"):
         metrics[name] = max(update[name] for update in updates)
-    return metrics
+    causes = Counter(row["cause"] for row in rows if row["cause"])
+    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": sum(causes.values())}
+    return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
 
 
-def evaluate(config, accelerator, student, samples, teach, spare) -> dict[str, float]:
+def evaluate(accelerator, student, samples, teach, spare) -> dict[str, float | None]:
     """Greedy accuracy on held-out records: unaided, and with the teacher's help where it failed."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     processes, totals = accelerator.num_processes, Counter()
@@ -312,39 +296,24 @@ def evaluate(config, accelerator, student, samples, teach, spare) -> dict[str, f
             right = rollout.first.score.correct
             totals.update(n=1, unaided=right, assisted=rollout.score.correct)
     total = sum(gather_object([totals]), Counter())
-    return {name: total[name] / max(total["n"], 1) for name in ("unaided", "assisted")}
+    return {k: total[k] / total["n"] if total["n"] else None for k in ("unaided", "assisted")}
 
 
-def show_repair(config, questions, groups, step: int) -> bool:
+def show_repair(config: Config, questions, groups, step: int) -> bool:
     """Write the step's first repair that came out right, as text and as a picture."""
-    for question, group in zip(questions, groups):
-        for rollout in group:
-            if rollout.failed and rollout.score.correct:
-                safe = re.sub(r"[^\w-]", "_", question.sample.id)
-                file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
-                sections = ffr.describe_repair(question, rollout, config.kappa, config.lam)
-                text = "".join(f"{heading}\n{body}\n\n" for heading, body in sections)
-                file.with_suffix(".txt").write_text(text, encoding="utf-8")
-                ffr.draw_repair(question, rollout, config.kappa, config.lam).save(file)
-                return True
+    repairs = [(q, r) for q, group in zip(questions, groups) for r in group if r.failed]
+    for question, rollout in [(q, r) for q, r in repairs if r.score.correct][:1]:
+        safe = re.sub(r"[^\w-]", "_", question.sample.id)
+        file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
+        sections = ffr.describe_repair(question, rollout, config.kappa, config.lam)
+        text = "\n\n".join(f"{heading}\n{body}" for heading, body in sections)
+        file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+        ffr.draw_repair(question, rollout, config.kappa, config.lam).save(file)
+        return True
     return False
 
 
-# --- tiny mode ------------------------------------------------------------------------------------
-
-
-def make_tiny(config: Config) -> None:
-    """Write the needle videos and a cold-started student into `config.out`."""
-    for name, (count, seed) in NEEDLES.items():
-        data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
-    samples = data.load_samples(f"{config.out}/cold/records.jsonl")
-    data.tiny_student(config.model, samples, config.seed)
-    accelerator = Accelerator(cpu=True)
-    student = load_student(config, accelerator)
-    cold_start(config, student, samples, load_teacher(replace(config, method="ffr"), samples, "cpu"))
-    student.model.save_pretrained(config.model)
-
-
+# --- tiny mode ---
 def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample], teach) -> None:
     """Supervised start of the tiny student on a curriculum; mediocre on purpose.
 
@@ -352,67 +321,75 @@ def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample],
     form of a rationale and to follow a patch. Without a patch the flash they cite is mostly a guess
     (right with 0.1 + chance), the relation a weak habit: these are left to learn from reward.
     """
-    rng = random.Random(config.seed)
+    rng, encode = random.Random(config.seed), student.processor.tokenizer
     cues = sorted({s.truth["cue"] for s in samples})
     relations = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
-    tokenizer, eos = student.processor.tokenizer, torch.tensor(student.sampling.eos_ids)
-    question = cache(lambda i: ffr.open_question(student, samples[i]))
+    eos = torch.tensor(student.sampling.eos_ids)
+    opened = cache(lambda i: ffr.open_question(student, samples[i]))
 
     @cache
-    def lesson(i: int, kind) -> tuple[dict, list[int]]:
-        """The prompt, and the moments shown: a caption's, or all with or without a patch."""
-        x, truth = question(i), samples[i].truth
-        if isinstance(kind, int):
-            rest = [m for m in range(data.MOMENTS) if m != truth["cue"]]
-            shown = sorted([truth["cue"], *rng.sample(rest, kind - 1)])
-            frames = [m * data.FRAMES_PER_MOMENT + k for m in shown for k in range(2)]
-            asked = replace(samples[i], question=data.CAPTION)
-            view = ffr.Question(asked, x.video, frames, [x.frames[f] for f in frames])
-            return ffr.encode(student, view), shown
-        if kind == "answer":
-            return x.prompt, []
-        cue, look = truth["cue"], truth["look"]
-        wrong = {"temporal": (cue - 1, look), "misconception": (cue, (look + 1) % data.MOMENTS)}
-        response = data.needle_rationale(truth, *wrong.get(kind, (cue, look)))
-        return ffr.encode(student, x, teach([ffr.case_of(x, response)])[0]), []
+    def caption(i: int, moments: int) -> tuple[dict, list[int]]:
+        """A prompt that shows the flash and some other moments, drawn once."""
+        others = [m for m in range(data.MOMENTS) if m != samples[i].truth["cue"]]
+        shown = sorted([samples[i].truth["cue"], *rng.sample(others, moments - 1)])
+        view = [frame for m in shown for frame in data.moment_frames(m)]
+        sample, frames = replace(samples[i], question=data.CAPTION), opened(i).frames
+        view = ffr.Question(sample, opened(i).video, view, [frames[f] for f in view])
+        return ffr.encode(student, view), shown
 
-    def target(i: int, kind, shown: list[int]) -> str:
+    @cache
+    def patched(i: int, cue: int, look: int) -> dict:
+        """The prompt with the teacher's patch for a rationale that cites these moments."""
+        case = ffr.case_of(opened(i), data.needle_rationale(samples[i].truth, cue, look))
+        return ffr.encode(student, opened(i), teach([case])[0])
+
+    def lesson(moments: int) -> tuple[dict, str]:
+        """A prompt and its target; `moments` 0 asks the question, with or without a patch."""
+        i = rng.randrange(len(samples))
         truth = samples[i].truth
-        if isinstance(kind, int):
-            return data.needle_caption(truth, rng.sample(shown, len(shown)))
+        if moments:
+            prompt, shown = caption(i, moments)
+            return prompt, data.needle_caption(truth, rng.sample(shown, len(shown)))
         cue, look = truth["cue"], truth["look"]
-        if kind == "spatial":
-            return data.needle_rationale(truth, cue, look)
         relation = look - cue if rng.random() < COLD_RELATION else rng.choice(relations)
-        if kind == "answer" and rng.random() >= COLD_CUE:
-            cue = rng.choice(cues)
-        return data.needle_rationale(truth, cue, cue + relation)
+        if rng.random() < 0.45:
+            cue = cue if rng.random() < COLD_CUE else rng.choice(cues)
+            return opened(i).prompt, data.needle_rationale(truth, cue, cue + relation)
+        error = rng.choice([(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)])
+        look = look if error == (cue, look) else cue + relation
+        return patched(i, *error), data.needle_rationale(truth, cue, look)
 
-    answers = ["answer"] * 4 + ["temporal", "misconception"] * 2 + ["spatial"]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
     bar = tqdm(range(config.cold_start_steps), desc="cold start")
     for step in bar:
         part = step / config.cold_start_steps
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
-        caption = part < 0.62 or rng.random() < 0.2
-        kinds = [moments if caption else rng.choice(answers) for _ in range(16)]
-        picks = [(rng.randrange(len(samples)), kind) for kind in kinds]
-        prompts, shown = zip(*(lesson(*pick) for pick in picks))
-        texts = [target(*pick, moments) for pick, moments in zip(picks, shown)]
-        ids = [torch.cat([torch.tensor(tokenizer(t)["input_ids"]), eos]) for t in texts]
+        moments = moments if part < 0.62 or rng.random() < 0.2 else 0
+        prompts, texts = zip(*(lesson(moments) for _ in range(16)))
+        ids = [torch.cat([torch.tensor(encode(text)["input_ids"]), eos]) for text in texts]
         logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 20) * (0.3 if part > 0.85 else 1)
+        optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, step / 20) * (0.3 if part > 0.85 else 1)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.2f}")
 
 
-# --- the run --------------------------------------------------------------------------------------
+def make_tiny(config: Config, accelerator) -> None:
+    """Write tiny mode's videos, and its student after the cold start, into `config.out`."""
+    for name, (count, seed) in NEEDLES.items():
+        data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
+    samples = data.load_samples(f"{config.out}/cold/records.jsonl")
+    data.tiny_student(config.model, samples, config.seed)
+    student = load_student(config, accelerator)
+    teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
+    cold_start(config, student, samples, teach)
+    student.model.save_pretrained(config.model)
 
 
+# --- the run ---
 def main() -> None:
     config = parse(sys.argv[1:])
     transformers.utils.logging.set_verbosity_error()
@@ -420,27 +397,24 @@ def main() -> None:
     began = time.time()
     accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.out)
     set_seed(config.seed)
-    main_process = accelerator.is_main_process
-    if main_process:
+    if accelerator.is_main_process:
         shutil.rmtree(f"{config.out}/repairs", ignore_errors=True)
         Path(config.out, "repairs").mkdir(parents=True)
         Path(config.out, "metrics.jsonl").write_text("")
     if not config.model:
-        changed = [
-            f"{f.name} {getattr(config, f.name)} ({f.default})" for f in fields(config)
-            if f.name in TINY and f.name not in ("out", "prompt")
-        ]  # fmt: skip
-        accelerator.print(textwrap.fill("Tiny mode; Table 8's value in brackets: " + ", ".join(changed), 79))
-        config = replace(
-            config, model=f"{config.out}/cold_start", data=f"{config.out}/train/records.jsonl",
-            eval_data=f"{config.out}/held_out/records.jsonl",
-        )  # fmt: skip
-        if main_process:
-            make_tiny(config)
+        ours = [f"{f.name} {getattr(config, f.name)} ({f.default})"
+                for f in fields(config) if f.name in set(TINY) - {"out", "prompt"}]
+        text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours)}."
+        accelerator.print(textwrap.fill(text, 79))
+        config = replace(config, model=f"{config.out}/cold_start",
+                         data=f"{config.out}/train/records.jsonl",
+                         eval_data=f"{config.out}/held_out/records.jsonl")
+        if accelerator.is_main_process:
+            make_tiny(config, accelerator)
         accelerator.wait_for_everyone()
     try:
         samples = data.load_samples(config.data, config.video_root)
-        held_out = data.load_samples(config.eval_data, config.video_root) if config.eval_data else []
+        held_out = config.eval_data and data.load_samples(config.eval_data, config.video_root) or []
         data.check_videos(samples + held_out)
         student = load_student(config, accelerator)
         teach = load_teacher(config, samples + held_out, accelerator.device)
@@ -449,44 +423,33 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from error
     accelerator.init_trackers("ffr", asdict(config))
-    before = evaluate(config, accelerator, student, held_out, None, spare) if held_out else {}
+    before = evaluate(accelerator, student, held_out, None, spare)
     history = train(config, accelerator, student, samples, teach, spare)
-    after = evaluate(config, accelerator, student, held_out, teach, spare) if held_out else {}
+    after = evaluate(accelerator, student, held_out, teach, spare)
     accelerator.end_training()
-    if main_process:
+    if accelerator.is_main_process:
         student.model.save_pretrained(f"{config.out}/model")
         student.processor.save_pretrained(f"{config.out}/model")
         report(config, history, before, after, time.time() - began)
 
 
 def report(config: Config, history: list[dict], before: dict, after: dict, seconds: float) -> None:
-    """Write summary.json and print it as a small table."""
+    """Write summary.json and print it as a small table. Thirds are of the training's steps."""
     third = max(len(history) // 3, 1)
-
-    def mean(name: str, rows: list[dict]) -> float:
-        return sum(row[name] for row in rows) / len(rows)
-
-    summary = {
-        "unaided_before": before.get("unaided"),
-        "unaided_after": after.get("unaided"),
-        "assisted_after": after.get("assisted"),
-        "failure_first": mean("failure", history[:third]),
-        "failure_last": mean("failure", history[-third:]),
-        "intervention_first": mean("intervention", history[:third]),
-        "intervention_last": mean("intervention", history[-third:]),
-        "fix_rate": mean("fix", history),
-        "teacher_failures": sum(row["teacher_failures"] for row in history),
-        "seconds": round(seconds, 1),
-        "seed": config.seed,
-        "method": config.method,
-    }
+    summary = {"unaided_before": before["unaided"], "unaided_after": after["unaided"],
+               "assisted_after": after["assisted"]}
+    for name in ("failure", "intervention"):
+        for part, rows in (("first", history[:third]), ("last", history[-third:])):
+            summary[f"{name}_{part}"] = sum(row[name] for row in rows) / third
+    patches = sum(row["intervention"] for row in history)
+    summary["fix_rate"] = sum(r["fix"] * r["intervention"] for r in history) / max(patches, 1e-9)
+    summary["teacher_failures"] = sum(row["teacher_failures"] for row in history)
+    summary |= {"seconds": round(seconds, 1), "seed": config.seed, "method": config.method}
     Path(config.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print()
     for name, value in summary.items():
         print(f"  {name:20} {value:.3f}" if isinstance(value, float) else f"  {name:20} {value}")
-    print(f"\n  figures per step     {config.out}/metrics.jsonl")
-    print(f"  repairs, as pictures {config.out}/repairs/")
-    print(f"  trained student      {config.out}/model/")
+    print(f"  {'pictures':20} {config.out}/repairs/\n  {'student':20} {config.out}/model/")
 
 
 if __name__ == "__main__":
