@@ -45,17 +45,13 @@ SUFFIXES = {
 
 @dataclass
 class Student:
-    """π_θ and how it sees and answers. `model` is the unwrapped transformers model."""
+    """π_θ and how it sees and answers. `settings` (train.Config, or anything with these names) has
+    prompt, num_frames, frame_pixels, picture_pixels, max_prompt_length and patch_pictures."""
 
-    model: torch.nn.Module
+    model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    prompt: str = PROMPT
-    num_frames: int = 16
-    frame_pixels: int = 128 * 28 * 28
-    picture_pixels: int = 401408
-    max_prompt: int = 16384
-    patch_pictures: bool = True
+    settings: object
     synced: bool = False  # sharded parameters: every rank must make the same calls
 
 
@@ -104,8 +100,8 @@ def open_question(student: Student, sample: Sample) -> Question:
     """Decode the student's view of a sample and encode its prompt. Raises ValueError where the
     video does not decode (`data.DataError`) or the prompt is too long."""
     video = Video(sample.path)
-    indices = video.uniform(student.num_frames)
-    frames = [fit(frame, student.frame_pixels) for frame in video.frames(indices)]
+    indices = video.uniform(student.settings.num_frames)
+    frames = [fit(frame, student.settings.frame_pixels) for frame in video.frames(indices)]
     question = Question(sample, video, indices, frames)
     question.prompt = encode(student, question)
     return question
@@ -117,7 +113,7 @@ def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> 
     with and without a patch, so the unpatched user turn is a prefix of the patched one."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
-    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.prompt)
+    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.settings.prompt)
     content = [{"type": "video"}, {"type": "text", "text": text}]
     return [{"role": "user", "content": [*content, *patch_parts]}]
 
@@ -164,23 +160,20 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
-    """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt` tokens:
-    cutting it would cut vision tokens off their pixels."""
-    parts = []
+    """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt_length`
+    tokens: cutting it would cut vision tokens off their pixels."""
+    parts, settings, video = [], student.settings, question.video
     if patch is not None:
-        parts = render_patch(patch, question.video, question.spacing, student.patch_pictures)
-    pictures = [fit(p["image"], student.picture_pixels) for p in parts if p["type"] == "image"]
-    messages = build_messages(student, question.sample, parts)
-    text = render_chat(student.processor, messages)
-    total, fps = len(question.video), question.video.fps
-    metadata = VideoMetadata(
-        total_num_frames=total, fps=fps, duration=total / fps, frames_indices=list(question.indices)
-    )
+        parts = render_patch(patch, video, question.spacing, settings.patch_pictures)
+    pictures = [fit(p["image"], settings.picture_pixels) for p in parts if p["type"] == "image"]
+    text = render_chat(student.processor, build_messages(student, question.sample, parts))
+    metadata = VideoMetadata(len(video), video.fps, duration=len(video) / video.fps,
+                             frames_indices=list(question.indices))
     inputs = student.processor(
         text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
         do_sample_frames=False, return_tensors="pt",
     )
-    length, most = inputs["input_ids"].shape[1], student.max_prompt
+    length, most = inputs["input_ids"].shape[1], settings.max_prompt_length
     if length > most:
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
                          f"limit of {most}; raise --max_prompt_length or lower --num_frames")
@@ -201,48 +194,42 @@ def find_fix_reason(
     `teacher` None is plain GRPO. `seed` names the round: a rollout's randomness is derived from it,
     the sample and its place in the group, so no rollout depends on what becomes of another.
     """
+    model, sampling, synced = student.model, student.sampling, student.synced
     # τ_i ~ π_old(· | x), i = 1 … G
     asked = [(question, i) for question in questions for i in range(num_rollouts)]
     seeds = [_seed(seed, question.sample.id, i, "first") for question, i in asked]
     prompts = [question.prompt for question in questions]
-    completions = generate(
-        student.model, prompts, seeds, student.sampling, num_rollouts, student.synced
-    )
+    completions = generate(model, prompts, seeds, sampling, num_rollouts, synced)
     chosen = [judge(student, q, q.prompt, c) for (q, _), c in zip(asked, completions)]
     # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
-    failed = [
-        k for k, (question, _) in enumerate(asked)
-        if teacher is not None and question.counts and not chosen[k].score.correct
-    ]
+    failed = [k for k, (question, _) in enumerate(asked)
+              if teacher is not None and question.counts and not chosen[k].score.correct]
     verdicts = teacher([case_of(asked[k][0], chosen[k].text) for k in failed]) if failed else []
     # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
     repairs, encoded = [], {}
     for k, verdict in zip(failed, verdicts):
-        question = asked[k][0]
-        if isinstance(verdict, EvidencePatch):
-            key = (id(question), verdict.content)  # equal patches share a prompt
-            try:
-                encoded[key] = encoded.get(key) or encode(student, question, verdict)
-                repairs.append((k, verdict, encoded[key]))
-                continue
-            except ValueError as error:  # over the prompt limit, or a frame that does not decode
-                verdict = TeacherError("prompt", str(error))
-        chosen[k].error = verdict  # τ_i stays in the group with its plain reward, untaxed
+        try:
+            if isinstance(verdict, TeacherError):
+                raise verdict
+            key = (id(asked[k][0]), verdict.content)  # equal patches share a prompt
+            encoded[key] = encoded.get(key) or encode(student, asked[k][0], verdict)
+            repairs.append((k, verdict, encoded[key]))
+        except TeacherError as error:  # τ_i stays in the group with its plain reward, untaxed
+            chosen[k].error = error
+        except ValueError as error:  # over the prompt limit, or a frame that does not decode
+            chosen[k].error = TeacherError("prompt", str(error))
     seeds = [_seed(seed, asked[k][0].sample.id, asked[k][1], "again") for k, *_ in repairs]
     patched = [prompt for *_, prompt in repairs]
-    if student.synced and teacher is not None:
+    if synced and teacher is not None:
         patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
-    again = []
-    if patched:
-        again = generate(student.model, patched, seeds, student.sampling, 1, student.synced)
+    again = generate(model, patched, seeds, sampling, 1, synced) if patched else []
     # τ̂_i = τ_i if z_i = 1 else τ*_i
     for (k, patch, prompt), completion in zip(repairs, again):
         question = asked[k][0]
         repaired = judge(student, question, prompt, completion)
         spans = [tuple(map(question.video.seconds, span)) for span in patch.spans]
         repaired.align = alignment(repaired.text, spans, question.spacing / 2)
-        repaired.patch, repaired.failed = patch, chosen[k]
-        chosen[k] = repaired
+        repaired.patch, repaired.failed, chosen[k] = patch, chosen[k], repaired
     for r in chosen:
         repaired = r.score if r.failed else None
         r.reward = robust_improvement_reward(r.first.score, repaired, r.align, kappa, lam)
@@ -276,9 +263,9 @@ def describe_repair(question: Question, rollout: Rollout, kappa: float, lam: flo
     """A repaired rollout as (heading, text) sections, in the order of the method."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence = render_patch(patch, question.video, question.spacing)[0]["text"].strip()
-    extra = lam * s.correct * rollout.align
-    terms = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
-    aligned = f" + lambda {lam:.2f} x align {rollout.align:.2f}" if extra else ""
+    reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
+    if lam * s.correct * rollout.align:
+        reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
     return [
         (f"Question ({sample.problem_type})", asked),
@@ -287,21 +274,19 @@ def describe_repair(question: Question, rollout: Rollout, kappa: float, lam: flo
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none"),
         ("Fix: the evidence patch", evidence),
         ("Reason: second answer, " + ("right" if s.correct else "wrong"), rollout.text.strip()),
-        ("Reward", f"{terms}{aligned} = {rollout.reward:.2f}"),
+        ("Reward", f"{reward} = {rollout.reward:.2f}"),
     ]
 
 
 def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> Image.Image:
     """The sections as one picture, 1,200 px wide, with the frames seen and the patch's pictures."""
-    width, edge, line = 1200, 24, 26
-    font, bold = ImageFont.load_default(19), ImageFont.load_default(23)
-    page = Image.new("RGB", (width, 8000), "white")
-    pen = ImageDraw.Draw(page)
-    y = edge
+    font, bold, line, edge = ImageFont.load_default(19), ImageFont.load_default(23), 26, 24
+    page = Image.new("RGB", (1200, 8000), "white")
+    pen, y = ImageDraw.Draw(page), edge
 
     def write(text: str, face=font, colour="black") -> None:
         nonlocal y
-        for row in [r for p in text.splitlines() for r in textwrap.wrap(p, 100) or [""]]:
+        for row in [row for p in text.splitlines() for row in textwrap.wrap(p, 100)]:
             pen.text((edge, y), row, colour, face)
             y += line
 
@@ -311,24 +296,23 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         for image, label in pictures:
             size = (max(1, round(image.width * height / image.height)), height)
             room = max(size[0], int(font.getlength(label))) + 12
-            if x > edge and x + room > width - edge:
+            if edge < x and x + room > page.width - edge:
                 x, y = edge, y + height + line + 8
             page.paste(image.convert("RGB").resize(size), (x, y))
             pen.text((x, y + height + 2), label, "gray", font)
             x += room
         y += height + line + 8
 
-    seconds = question.video.seconds
-    seen = [(f, f"{seconds(i):.1f} s") for i, f in zip(question.indices, question.frames)]
+    seconds = map(question.video.seconds, question.indices)
+    seen = [(frame, f"{time:.1f} s") for time, frame in zip(seconds, question.frames)]
     parts = render_patch(rollout.patch, question.video, question.spacing)[1:]
     given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
     for heading, text in describe_repair(question, rollout, kappa, lam):
         write(heading, bold, (20, 60, 140))
-        y += 4
         write(text)
         if heading == "The student sees":
             show(seen, 96)
         if heading.startswith("Fix") and given:
             show(given, 220)
-        y += 12
-    return page.crop((0, 0, width, y + edge // 2))
+        y += 14
+    return page.crop((0, 0, page.width, y))

@@ -170,8 +170,8 @@ def grpo_loss(
 ) -> Tensor:
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
 
-    logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the step's
-    rollouts on all ranks, so that parts add up to the token mean.
+    logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
+    step's rollouts on all ranks, so that parts add up to the token mean.
     KL is the k3 estimate e^d − d − 1, d = log π_ref − log π_θ (its gradient is KL(π_ref ‖ π_θ)'s).
     """
     ratio = (logps - old_logps).exp()  # r_t

@@ -5,8 +5,8 @@
     e_i                 `error_type`      tools    `run_tool`, on the original video
 
 A brain is any function from conversations to as many replies; a conversation is a list of chat
-messages whose parts are texts or Pillow images. Prompt, tool loop, leak gate and limits are the same
-for all: `scripted` (looks the truth up), `local` (a transformers VLM). Sources: FFR §Find, §Fix,
+messages whose parts are texts or Pillow images. All share the prompt, tool loop, leak gate and
+limits: `scripted` (looks the truth up), `local` (a transformers VLM). Sources: FFR §Find, §Fix,
 app. B. This file imports no sibling.
 """
 
@@ -74,8 +74,7 @@ class EvidencePatch:
     @property
     def content(self) -> str:
         """All that the student is shown: equal patches have equal content."""
-        shown = (self.error_type, self.guidance, self.key_frames, self.spans, self.regions)
-        return repr((*shown, self.show_times))
+        return repr(replace(self, refusals=[], transcript=[], tokens=0))
 
 
 class TeacherError(Exception):
@@ -94,7 +93,6 @@ class Reply(NamedTuple):
 Chat = Callable[[list[list[dict]]], list[Reply | TeacherError]]
 
 # --- the prompt ---
-
 SYSTEM = """\
 A student model answered a question about a video wrongly. You can look at the video. Find the one
 thing it missed, and hand back the smallest piece of evidence from the video that lets it see that.
@@ -154,7 +152,6 @@ def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
 
 
 # --- the tools ---
-
 TOOLS = {
     "get_frame": ("frame_index",),
     "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
@@ -214,24 +211,23 @@ def parse_patch(text: str, case: Case) -> EvidencePatch:
         reply = json.loads(tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1])
         evidence, video = reply["evidence_patch"], case.video
         patch = EvidencePatch(str(reply["error_classification"]).strip().lower())
-        patch.guidance = _words(evidence.get("content"), MAX_WORDS)
+        patch.guidance = " ".join(str(evidence.get("content") or "").split()[:MAX_WORDS])
         frames = [_index(k, video) for k in evidence.get("key_frames") or []]
         patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
         for start, end in evidence.get("temporal_markers") or []:
             patch.spans.append(tuple(sorted((_index(start, video), _index(end, video)))))
         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
-            what = _words(r.get("what"), 8)
+            what = " ".join(str(r.get("what") or "").split()[:8])
             patch.regions.append(Region(_index(r["frame"], video), _box(r["box"]), what))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise TeacherError("malformed", str(error)) from error
     if patch.error_type not in ERROR_TYPES:
         raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
-    share = sum(end - start + 1 for start, end in patch.spans) / len(video)
-    if share > MAX_SHARE:
-        keep = MAX_SHARE / share
-        lengths = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
-        patch.spans = [((ab - n + 1) // 2, (ab - n + 1) // 2 + n - 1) for ab, n in lengths]
+    keep = MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1)
+    if keep < 1:
+        sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
+        patch.spans = [((twice - n + 1) // 2, (twice + n - 1) // 2) for twice, n in sizes]
     # A patch does not answer: no place where a place is asked, no time where a time is asked.
     if re.search(PLACE, case.question, re.I):
         patch.regions = []
@@ -242,12 +238,7 @@ def parse_patch(text: str, case: Case) -> EvidencePatch:
     return patch
 
 
-def _words(value, most: int) -> str:
-    return " ".join(str(value or "").split()[:most])
-
-
 # --- the leak gate ---
-
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -404,17 +395,16 @@ def local(model, processor, max_tokens: int = 1024) -> Chat:
 
     @torch.no_grad()
     def chat(talks: list[list[dict]]) -> list[Reply | TeacherError]:
-        template = {"tokenize": False, "add_generation_prompt": True}
+        template, tokenizer = {"tokenize": False, "add_generation_prompt": True}, processor.tokenizer
         texts = [processor.apply_chat_template(talk, **template) for talk in talks]
         parts = [part for talk in talks for message in talk for part in message["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
-        processor.tokenizer.padding_side = "left"
+        tokenizer.padding_side = "left"
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        out = out[:, inputs["input_ids"].shape[1] :]
-        pad = processor.tokenizer.pad_token_id
-        texts = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
-        return [Reply(text, int((row != pad).sum())) for text, row in zip(texts, out)]
+        out = model.generate(
+            **inputs.to(model.device), max_new_tokens=max_tokens, do_sample=False
+        )[:, inputs["input_ids"].shape[1] :]
+        used = (out != tokenizer.pad_token_id).sum(1).tolist()
+        return [*map(Reply, tokenizer.batch_decode(out, skip_special_tokens=True), used)]
 
     return chat

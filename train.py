@@ -1,10 +1,12 @@
 """Train a video student with Find, Fix, Reason: `accelerate launch train.py`.
 
-Without `--model` this is tiny mode: needle videos, a tiny random Qwen3-VL with a cold start, and the
-same loop, processor, chat template, tool protocol and loss as `--model PATH --data FILE` runs.
+Without `--model` this is tiny mode: needle videos, a tiny random Qwen3-VL with a cold start, and
+the same loop, processor, chat template, tool protocol and loss as `--model PATH --data FILE` has.
 """
 
 import json
+import logging
+import os
 import random
 import re
 import shutil
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -85,10 +87,10 @@ class Config:
 TINY = {
     "out": "runs/tiny", "prompt": "{question}", "frame_pixels": 1024, "picture_pixels": 1024,
     "max_completion_length": 16, "learning_rate": 3e-4, "beta": 0.0, "lam": 0.1,
-    "questions_per_device": 8, "max_steps": 130,
+    "questions_per_device": 8, "max_steps": 120,
 }
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
-COLD_CUE, COLD_RELATION = 0.1, 0.7  # how often the cold start's answers are right beyond chance
+COLD_CUE, COLD_RELATION = 0.1, 0.8  # how often the cold start's answers are right beyond chance
 SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
 
 
@@ -98,17 +100,14 @@ def parse(arguments: list[str]) -> Config:
     if not any(re.match("--model(=|$)", argument) for argument in arguments):
         parser.set_defaults(**TINY)
     c = parser.parse_args_into_dataclasses(arguments)[0]
-    no_teacher = c.method == "ffr" and c.teacher == "local" and not c.teacher_model
     for refused, why in [
         (c.model and not c.data, "--model needs --data FILE, the training records"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
-        (c.kappa < 0, "--kappa must be 0 or more: it taxes help"),
-        (c.lam < 0, "--lam must be 0 or more"),
+        (min(c.kappa, c.lam, c.beta) < 0, "--kappa, --lam and --beta must be 0 or more"),
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
-        (c.beta < 0, "--beta must be 0 or more"),
-        (no_teacher, "--teacher local needs --teacher_model PATH"),
+        (c.teacher == "local" and not c.teacher_model, "--teacher local needs --teacher_model"),
     ]:
         if refused:
             raise SystemExit(f"train.py: {why}")
@@ -141,11 +140,8 @@ def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
         config.temperature, config.top_p, config.max_completion_length, tuple(sorted(eos)), pad,
         tuple(sorted((vision | {pad}) - eos - {None})),
     )
-    return ffr.Student(
-        model.to(accelerator.device), processor, sampling, config.prompt, config.num_frames,
-        config.frame_pixels, config.picture_pixels, config.max_prompt_length,
-        config.patch_pictures, accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"),
-    )
+    synced = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+    return ffr.Student(model.to(accelerator.device), processor, sampling, config, synced)
 
 
 def load_teacher(config: Config, samples: list[data.Sample], device) -> ffr.Teacher | None:
@@ -174,9 +170,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     if len(samples) < per_step:
         raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
     steps = config.max_steps or config.epochs * (len(samples) // per_step)
-    optimizer = torch.optim.AdamW(
-        student.model.parameters(), config.learning_rate, weight_decay=config.weight_decay
-    )
+    weights = student.model.parameters()
+    optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = deepcopy(student.model).eval().requires_grad_(False) if config.beta > 0 else None
     model, optimizer = accelerator.prepare(student.model, optimizer)
@@ -186,10 +181,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = open_questions(student, pick(samples, step, config, accelerator), spare)
-        groups = ffr.find_fix_reason(
-            student, questions, config.num_rollouts, teach, config.kappa, config.lam,
-            (config.seed, step),
-        )
+        groups = ffr.find_fix_reason(student, questions, config.num_rollouts, teach,
+                                     config.kappa, config.lam, (config.seed, step))
         rollouts = [rollout for group in groups for rollout in group]
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
         rows = gather_object([describe(r) for r, w in zip(rollouts, weights) if w])  # everyone's
@@ -197,20 +190,20 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
         batch_std = torch.tensor([row["reward"] for row in rows]).std()
         advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std)
+        advantages = advantages.flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
-        middle = time.time()
+        middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
         figures = grpo.update(
             accelerator, model, reference, optimizer, [r.prompt for r in rollouts],
-            [r.completion for r in rollouts], advantages.flatten().tolist(), weights,
-            max(sum(row["length"] for row in rows), 1), student.sampling, config.epsilon,
-            config.beta, config.num_updates, config.max_grad_norm,
+            [r.completion for r in rollouts], advantages, weights, tokens, student.sampling,
+            config.epsilon, config.beta, config.num_updates, config.max_grad_norm,
             ffr.stand_in(student, spare) if student.synced else None,
         )
         scheduler.step()
-        figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle}
-        figures["skipped"] = weights.count(0.0) / config.num_rollouts
-        helped = [a for r, a in zip(rollouts, advantages.flatten().tolist()) if r.failed]
-        figures["repaired_advantage"] = sum(helped) / max(sum(r["intervention"] for r in rows), 1)
+        repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
+        figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
+                    "skipped": weights.count(0.0) / config.num_rollouts,
+                    "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
         history.append(metrics)
         accelerator.log(metrics, step=step + 1)
@@ -219,7 +212,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
                 file.write(json.dumps(metrics) + "\n")
             if shown * steps <= step * SHOWN:
                 shown += show_repair(config, questions, groups, step + 1)
-        bar.set_postfix_str("unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}".format(**metrics))
+        line = "unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}"
+        bar.set_postfix_str(line.format(**metrics))
         bar.update()
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
             accelerator.save_state(f"{config.out}/checkpoint")
@@ -228,7 +222,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
 
 
 def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, without its last partial step."""
+    """This process's samples of a step: a seeded shuffle per epoch, less its last partial step."""
     count = config.questions_per_device
     epoch, k = divmod(step, len(samples) // (count * accelerator.num_processes))
     shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
@@ -256,30 +250,24 @@ def describe(r: ffr.Rollout) -> dict:
         "failure": not r.first.score.correct, "intervention": r.failed is not None,
         "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
         "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
-        "refused": len(r.patch.refusals) if r.patch else 0,
+        "refused": len(r.patch.refusals) if r.patch else 0, "cause": r.error and r.error.cause,
         "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
-        "cause": r.error and r.error.cause,
     }
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
     """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-    patched = [row for row in rows if row["intervention"]]
-    metrics = {}
-    for names, among in (
-        ("failure intervention reward format truncated length", rows),
-        ("fix align", patched),
-    ):
-        for name in names.split():
-            metrics[name] = sum(row[name] for row in among) / max(len(among), 1)
-    for name in ("sampled_tokens", "refused"):
-        metrics[name] = sum(row[name] for row in rows)
-    for name in ("loss", "kl", "entropy", "clipped", "skipped", "repaired_advantage"):
-        metrics[name] = sum(update[name] for update in updates)
-    for name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update"):
-        metrics[name] = max(update[name] for update in updates)
+    patched, metrics = [row for row in rows if row["intervention"]], {}
+    for name in ("failure", "intervention", "reward", "format", "truncated", "length"):
+        metrics[name] = sum(row[name] for row in rows) / max(len(rows), 1)
+    for name in ("fix", "align"):
+        metrics[name] = sum(row[name] for row in patched) / max(len(patched), 1)
+    metrics |= {name: sum(row[name] for row in rows) for name in ("sampled_tokens", "refused")}
+    for name in updates[0]:
+        largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
+        metrics[name] = (max if largest else sum)(update[name] for update in updates)
     causes = Counter(row["cause"] for row in rows if row["cause"])
-    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": sum(causes.values())}
+    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": causes.total()}
     return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
 
 
@@ -324,49 +312,42 @@ def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample],
     rng, encode = random.Random(config.seed), student.processor.tokenizer
     cues = sorted({s.truth["cue"] for s in samples})
     relations = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
-    eos = torch.tensor(student.sampling.eos_ids)
-    opened = cache(lambda i: ffr.open_question(student, samples[i]))
 
-    @cache
-    def caption(i: int, moments: int) -> tuple[dict, list[int]]:
-        """A prompt that shows the flash and some other moments, drawn once."""
-        others = [m for m in range(data.MOMENTS) if m != samples[i].truth["cue"]]
-        shown = sorted([samples[i].truth["cue"], *rng.sample(others, moments - 1)])
-        view = [frame for m in shown for frame in data.moment_frames(m)]
-        sample, frames = replace(samples[i], question=data.CAPTION), opened(i).frames
-        view = ffr.Question(sample, opened(i).video, view, [frames[f] for f in view])
-        return ffr.encode(student, view), shown
+    def caption(truth: dict, shown: list[int]) -> str:
+        return data.needle_caption(truth, rng.sample(shown, len(shown)))
 
-    @cache
-    def patched(i: int, cue: int, look: int) -> dict:
-        """The prompt with the teacher's patch for a rationale that cites these moments."""
-        case = ffr.case_of(opened(i), data.needle_rationale(samples[i].truth, cue, look))
-        return ffr.encode(student, opened(i), teach([case])[0])
+    def answer(truth: dict, cue_known: float, relation_known: float) -> str:
+        cue = truth["cue"] if rng.random() < cue_known else rng.choice(cues)
+        relation = truth["look"] - truth["cue"]
+        relation = relation if rng.random() < relation_known else rng.choice(relations)
+        return data.needle_rationale(truth, cue, cue + relation)
 
-    def lesson(moments: int) -> tuple[dict, str]:
-        """A prompt and its target; `moments` 0 asks the question, with or without a patch."""
-        i = rng.randrange(len(samples))
-        truth = samples[i].truth
-        if moments:
-            prompt, shown = caption(i, moments)
-            return prompt, data.needle_caption(truth, rng.sample(shown, len(shown)))
+    lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
+    for i, sample in enumerate(tqdm(samples, desc="lessons")):
+        x, truth = ffr.open_question(student, sample), sample.truth
         cue, look = truth["cue"], truth["look"]
-        relation = look - cue if rng.random() < COLD_RELATION else rng.choice(relations)
-        if rng.random() < 0.45:
-            cue = cue if rng.random() < COLD_CUE else rng.choice(cues)
-            return opened(i).prompt, data.needle_rationale(truth, cue, cue + relation)
-        error = rng.choice([(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)])
-        look = look if error == (cue, look) else cue + relation
-        return patched(i, *error), data.needle_rationale(truth, cue, look)
-
+        for moments in (2, 4, data.MOMENTS):  # the flash and others, anywhere in time
+            others = [m for m in range(data.MOMENTS) if m != cue]
+            shown = sorted([cue, *rng.sample(others, moments - 1)])
+            view = [frame for m in shown for frame in data.moment_frames(m)]
+            told = replace(sample, question=data.CAPTION)
+            part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
+            prompt = ffr.encode(student, part)
+            lessons[moments].append((prompt, partial(caption, truth, shown)))
+        error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
+        (patch,) = teach([ffr.case_of(x, data.needle_rationale(truth, *error))])
+        known = 1.0 if error == (cue, look) else COLD_RELATION
+        lessons[0].append((x.prompt, partial(answer, truth, COLD_CUE, COLD_RELATION)))
+        lessons[0].append((ffr.encode(student, x, patch), partial(answer, truth, 1.0, known)))
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
     bar = tqdm(range(config.cold_start_steps), desc="cold start")
     for step in bar:
         part = step / config.cold_start_steps
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
         moments = moments if part < 0.62 or rng.random() < 0.2 else 0
-        prompts, texts = zip(*(lesson(moments) for _ in range(16)))
-        ids = [torch.cat([torch.tensor(encode(text)["input_ids"]), eos]) for text in texts]
+        prompts, writers = zip(*rng.sample(lessons[moments], 16))
+        texts = [writer() + student.processor.tokenizer.eos_token for writer in writers]
+        ids = [torch.tensor(encode(text)["input_ids"]) for text in texts]
         logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
@@ -392,11 +373,14 @@ def make_tiny(config: Config, accelerator) -> None:
 # --- the run ---
 def main() -> None:
     config = parse(sys.argv[1:])
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
     accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.out)
     set_seed(config.seed)
+    if accelerator.device.type == "cpu":  # the launchers leave one thread to each process
+        torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
     if accelerator.is_main_process:
         shutil.rmtree(f"{config.out}/repairs", ignore_errors=True)
         Path(config.out, "repairs").mkdir(parents=True)
@@ -406,9 +390,9 @@ def main() -> None:
                 for f in fields(config) if f.name in set(TINY) - {"out", "prompt"}]
         text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours)}."
         accelerator.print(textwrap.fill(text, 79))
-        config = replace(config, model=f"{config.out}/cold_start",
-                         data=f"{config.out}/train/records.jsonl",
-                         eval_data=f"{config.out}/held_out/records.jsonl")
+        train_file, eval_file = (f"{config.out}/{k}/records.jsonl" for k in ("train", "held_out"))
+        model = f"{config.out}/cold_start"
+        config = replace(config, model=model, data=train_file, eval_data=eval_file)
         if accelerator.is_main_process:
             make_tiny(config, accelerator)
         accelerator.wait_for_everyone()
@@ -430,26 +414,27 @@ def main() -> None:
     if accelerator.is_main_process:
         student.model.save_pretrained(f"{config.out}/model")
         student.processor.save_pretrained(f"{config.out}/model")
-        report(config, history, before, after, time.time() - began)
+        report(config, history, before, after, time.time() - began, accelerator.num_processes)
 
 
-def report(config: Config, history: list[dict], before: dict, after: dict, seconds: float) -> None:
-    """Write summary.json and print it as a small table. Thirds are of the training's steps."""
+def report(config: Config, history, before, after, seconds: float, processes: int) -> None:
+    """Write summary.json and print it as a small table; thirds are of the training's steps."""
     third = max(len(history) // 3, 1)
+    first, last = history[:third], history[-third:]
     summary = {"unaided_before": before["unaided"], "unaided_after": after["unaided"],
                "assisted_after": after["assisted"]}
     for name in ("failure", "intervention"):
-        for part, rows in (("first", history[:third]), ("last", history[-third:])):
+        for part, rows in (("first", first), ("last", last)):
             summary[f"{name}_{part}"] = sum(row[name] for row in rows) / third
-    patches = sum(row["intervention"] for row in history)
-    summary["fix_rate"] = sum(r["fix"] * r["intervention"] for r in history) / max(patches, 1e-9)
-    summary["teacher_failures"] = sum(row["teacher_failures"] for row in history)
-    summary |= {"seconds": round(seconds, 1), "seed": config.seed, "method": config.method}
+    helped = [(row["fix"], row["intervention"]) for row in history]
+    summary["fix_rate"] = sum(f * n for f, n in helped) / max(sum(n for _, n in helped), 1e-9)
+    summary |= {"teacher_failures": sum(row["teacher_failures"] for row in history),
+                "seconds": round(seconds, 1), "seed": config.seed, "method": config.method,
+                "processes": processes}
     Path(config.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print()
-    for name, value in summary.items():
+    for name, value in {**summary, "pictures": f"{config.out}/repairs/"}.items():
         print(f"  {name:20} {value:.3f}" if isinstance(value, float) else f"  {name:20} {value}")
-    print(f"  {'pictures':20} {config.out}/repairs/\n  {'student':20} {config.out}/model/")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""Fixtures: needle videos and a tiny random student, made once. `-m slow` runs what needs extras."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Another process that uses the cores makes spinning threads crawl; one thread is never far behind.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import data  # noqa: E402
+import ffr  # noqa: E402
+import teacher  # noqa: E402
+import train  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs minutes or extras; run with -m slow")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def samples(folder):
+    return data.load_samples(data.needle_videos(str(folder / "needles"), 6, seed=5))
+
+
+@pytest.fixture(scope="session")
+def model_folder(folder, samples):
+    data.tiny_student(str(folder / "model"), samples, seed=0)
+    return str(folder / "model")
+
+
+@pytest.fixture
+def make_config(model_folder, samples, tmp_path):
+    """Settings as the parser makes them, on the tiny random student and the needle videos."""
+
+    def make(**changes):
+        records = str(Path(samples[0].path).parent / "records.jsonl")
+        given = {**train.TINY, "model": model_folder, "data": records, "out": str(tmp_path),
+                 "questions_per_device": 2, "num_rollouts": 3, "max_steps": 2, "eval_data": records}
+        given |= changes
+        return train.parse([x for key, v in given.items() for x in (f"--{key}", str(v))])
+
+    return make
+
+
+@pytest.fixture
+def accelerator():
+    return train.Accelerator(cpu=True)
+
+
+@pytest.fixture
+def student(make_config, accelerator):
+    return train.load_student(make_config(), accelerator)
+
+
+@pytest.fixture
+def questions(student, samples):
+    return [ffr.open_question(student, sample) for sample in samples]
+
+
+@pytest.fixture
+def teach(samples):
+    """The scripted teacher inside the whole protocol."""
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+    return lambda cases: teacher.diagnose(cases, chat)

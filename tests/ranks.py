@@ -1,0 +1,119 @@
+"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|run FOLDER …`."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import ffr  # noqa: E402
+import grpo  # noqa: E402
+import teacher  # noqa: E402
+import train  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def setup(folder):
+    accelerator = train.Accelerator(cpu=True)
+    samples = data.load_samples(f"{folder}/needles/records.jsonl")
+    arguments = ["--model", f"{folder}/model", "--data", f"{folder}/needles/records.jsonl"]
+    for key, value in train.TINY.items():
+        arguments += [f"--{key}", str(value)]
+    student = train.load_student(train.parse(arguments), accelerator)
+    return accelerator, student, samples
+
+
+def injected(student, questions):
+    """Fixed rollouts of unequal lengths and rewards; only the last question's are repaired."""
+    patched = ffr.encode(student, questions[-1], teacher.EvidencePatch("temporal", "", [3], [(3, 4)]))
+    noise = torch.Generator().manual_seed(1)
+    rows = []
+    for q, question in enumerate(questions):
+        for g in range(3):
+            ids = torch.randint(5, 60, (1 + 3 * q + g,), generator=noise)
+            prompt = patched if q == len(questions) - 1 and g else question.prompt
+            rows.append((prompt, grpo.Completion(ids, torch.zeros(len(ids)), True), float(q * g - 1.5)))
+    return rows
+
+
+class Keep:
+    """An optimizer that keeps the gradient instead of stepping."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+def gradient(folder, out):
+    accelerator, student, samples = setup(folder)
+    model = accelerator.prepare(student.model)
+    rows = injected(student, [ffr.open_question(student, s) for s in samples[:4]])
+    share = len(rows) // accelerator.num_processes
+    mine = rows[accelerator.process_index * share :][:share]
+    keep, tokens = Keep(student.model), sum(len(c.ids) for _, c, _ in rows)
+    grpo.update(
+        accelerator, model, None, keep, [p for p, _, _ in mine], [c for _, c, _ in mine],
+        [a for *_, a in mine], [1.0] * share, tokens, student.sampling, beta=0.0, max_grad_norm=1e9,
+    )
+    if accelerator.is_main_process:
+        result = {"processes": accelerator.num_processes, "gradient": keep.gradient}
+        torch.save(result, out)
+
+
+def calls(folder, out):
+    """One round and update as with sharded parameters; only rank 1's teacher helps."""
+    accelerator, student, samples = setup(folder)
+    student = replace(student, synced=True)
+    counts, rank = Counter(), accelerator.process_index
+    student.model.model.visual.register_forward_hook(lambda *_: counts.update(vision=1))
+    student.model.register_forward_hook(lambda *_: counts.update(forward=1))
+    generate = student.model.generate
+    student.model.generate = lambda *a, **k: counts.update(generate=1) or generate(*a, **k)
+    model = accelerator.prepare(student.model)
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+
+    def helps(cases):
+        return teacher.diagnose(cases, chat)
+
+    def raises(cases):
+        return teacher.diagnose(cases, lambda talks: 1 / 0)
+
+    questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
+    if rank == 0:  # and one of its records does not open
+        questions[1] = replace(questions[0], counts=False)
+    groups = ffr.find_fix_reason(student, questions, 2, helps if rank else raises, 0.3, 0.1, (0, 0))
+    rollouts = [r for group in groups for r in group]
+    weights = [float(q.counts) for q in questions for _ in range(2)]
+    keep = Keep(student.model)
+    grpo.update(
+        accelerator, model, None, keep, [r.prompt for r in rollouts],
+        [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50, student.sampling, beta=0.0,
+        stand_in=ffr.stand_in(student, questions[0]),
+    )
+    facts = {"rank": rank, "repaired": sum(r.failed is not None for r in rollouts),
+             "calls": dict(counts), "finite": bool(torch.isfinite(keep.gradient).all())}
+    gathered = train.gather_object([facts])
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(gathered))
+
+
+def run(folder, *arguments):
+    """train.py itself, on fewer videos."""
+    train.NEEDLES = {"cold": (16, 1), "train": (12, 2), "held_out": (5, 3)}
+    sys.argv = ["train.py", "--out", folder, *arguments]
+    train.main()
+
+
+if __name__ == "__main__":
+    {"gradient": gradient, "calls": calls, "run": run}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,118 @@
+"""Records and their errors, real video files, and the needle videos' truth."""
+
+import json
+import struct
+
+import pytest
+from PIL import Image
+
+import data
+
+GOOD = {"problem_id": 1, "problem": "What?", "problem_type": "numerical", "path": "v.avi",
+        "data_type": "video", "options": [], "solution": "<answer>3</answer>"}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    frames = [Image.new("RGB", (64, 32), (k * 20, 0, 255 - k * 20)) for k in range(12)]
+    data.write_avi(str(tmp_path / "v.avi"), frames, fps=4)
+    return tmp_path / "v.avi"
+
+
+def write(folder, records, name="r.jsonl"):
+    text = "\n".join(json.dumps(r) for r in records) if name.endswith("l") else json.dumps(records)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_records_load_from_json_and_jsonl(tmp_path, clip):
+    for name in ("r.json", "r.jsonl"):
+        (sample,) = data.load_samples(write(tmp_path, [GOOD], name))
+        assert (sample.answer, sample.problem_type, sample.path) == ("3", "numerical", str(clip))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"solution": None}, "record 2: field 'solution' is missing"),
+        ({"solution": "3"}, "record 2: solution has no <answer>"),
+        ({"problem_type": "riddle"}, "record 2: unknown problem_type 'riddle'; use one of: multiple"),
+        ({"path": "gone.avi"}, "record 2: no video at"),
+        ({"problem_type": "multiple choice"}, "record 2: multiple choice without options"),
+        ({"data_type": "image"}, "record 2: data_type is not 'video'"),
+        ({"problem_id": 1}, "record 2: problem_id of record 1"),
+    ],
+)
+def test_bad_record_is_named_with_field_and_remedy(tmp_path, clip, change, said):
+    bad = {**GOOD, "problem_id": 2} | change
+    with pytest.raises(data.DataError, match=said):
+        data.load_samples(write(tmp_path, [GOOD, bad]))
+
+
+def test_bad_files_are_named(tmp_path, clip):
+    with pytest.raises(data.DataError, match="nothing.json: no such data file"):
+        data.load_samples(str(tmp_path / "nothing.json"))
+    (tmp_path / "broken.json").write_text("[{]")
+    with pytest.raises(data.DataError, match="broken.json: not valid JSON"):
+        data.load_samples(str(tmp_path / "broken.json"))
+    with pytest.raises(data.DataError, match="holds no records"):
+        data.load_samples(write(tmp_path, [], "empty.json"))
+
+
+def test_text_file_named_mp4_does_not_open(tmp_path):
+    (tmp_path / "fake.mp4").write_text("no video")
+    with pytest.raises(data.DataError, match="fake.mp4: not a video that decord opens"):
+        data.Video(str(tmp_path / "fake.mp4"))
+
+
+def test_written_avi_decodes_to_its_frames(clip):
+    video = data.Video(str(clip))
+    assert (len(video), video.fps, video.seconds(6)) == (12, 4.0, 1.5)
+    assert video.uniform(4) == [0, 4, 7, 11]
+    assert video.uniform(99) == list(range(12))
+    for k in (0, 5, 11):  # any frame, in any order, at native size, within JPEG's error
+        red, _, blue = video.frame(k).getpixel((20, 10))
+        assert video.frame(k).size == (64, 32)
+        assert abs(red - k * 20) < 12 and abs(blue - (255 - k * 20)) < 12
+    assert [f.getpixel((9, 9)) for f in video.frames([7, 2])] == [
+        video.frame(7).getpixel((9, 9)), video.frame(2).getpixel((9, 9)),
+    ]
+    with pytest.raises(data.DataError, match="do not decode"):
+        video.frames([99])
+
+
+def test_avi_header_states_the_file_size(clip):
+    content = clip.read_bytes()
+    assert struct.unpack("<I", content[4:8])[0] == len(content) - 8
+
+
+def test_fit_only_shrinks():
+    assert data.fit(Image.new("RGB", (200, 100)), 5000).size == (100, 50)
+    assert data.fit(Image.new("RGB", (20, 10)), 5000).size == (20, 10)
+
+
+def test_needle_truth_is_what_the_video_shows(samples):
+    for sample in samples:
+        video, truth = data.Video(sample.path), sample.truth
+        bright = [sum(video.frame(f).getpixel((1, 1))) for f in range(len(video))]
+        flashed = sorted(range(len(video)), key=bright.__getitem__)[-2:]
+        assert sorted(flashed) == data.moment_frames(truth["cue"])
+        ring, core = sample.answer.split()
+        spatial = truth["evidence"][-1]
+        frame = video.frame(spatial["key_frames"][0])
+        x1, y1, x2, y2 = (v * data.NEEDLE_SIZE for v in spatial["region"])
+        for (x, y), colour in ((((x1 + x2) / 2, (y1 + y2) / 2), core), ((x1 + 10, y1 + 10), ring)):
+            shown = frame.getpixel((round(x), round(y)))
+            closest = min(data.COLOURS, key=lambda c: sum(
+                (a - b) ** 2 for a, b in zip(data.COLOURS[c], shown)))
+            assert closest == colour
+
+
+def test_needle_videos_are_reproducible_and_seeded(tmp_path):
+    one, again, other = (
+        open(data.needle_videos(str(tmp_path / str(k)), 2, seed), encoding="utf-8").read()
+        for k, seed in enumerate((3, 3, 4))
+    )
+    assert one == again != other
+    assert (tmp_path / "0/needle-3-00000.avi").read_bytes() == (
+        tmp_path / "1/needle-3-00000.avi").read_bytes()

@@ -1,0 +1,207 @@
+"""The round: what is sampled, repaired, chosen, rewarded, and what a fault of the teacher costs."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ffr
+import teacher
+from teacher import EvidencePatch, Region, TeacherError
+
+SEED = (0, 0)
+
+
+def run(student, questions, teach, kappa=0.3, lam=0.1, rollouts=3):
+    return ffr.find_fix_reason(student, questions, rollouts, teach, kappa, lam, SEED)
+
+
+def with_settings(student, **changes):
+    return replace(student, settings=replace(student.settings, **changes))
+
+
+def flat(groups):
+    return [rollout for group in groups for rollout in group]
+
+
+def test_question_text_is_the_same_with_and_without_a_patch(student, questions, teach):
+    question = questions[0]
+    (patch,) = teach([ffr.case_of(question, "hm")])
+    parts = ffr.render_patch(patch, question.video, question.spacing)
+    assert {part["type"] for part in parts} == {"text", "image"}
+    plain = ffr.render_chat(student.processor, ffr.build_messages(student, question.sample))
+    helped = ffr.render_chat(student.processor, ffr.build_messages(student, question.sample, parts))
+    turn = plain[: plain.index("<|im_end|>")]
+    assert question.sample.question in turn and helped.startswith(turn) and len(helped) > len(plain)
+    ids, patched = question.prompt["input_ids"][0], ffr.encode(student, question, patch)["input_ids"][0]
+    end = ids.tolist().index(student.processor.tokenizer.eos_token_id)
+    assert ids[:end].tolist() == patched[:end].tolist()
+
+
+def test_tiny_student_knows_every_word_of_its_prompts(student, questions, teach):
+    unknown = student.processor.tokenizer.unk_token_id
+    for question in questions:
+        truth = question.sample.truth
+        for cited in ((truth["cue"] - 1, 0), (truth["cue"], 7 - truth["look"]),
+                      (truth["cue"], truth["look"])):
+            response = ffr_rationale(truth, *cited)
+            (patch,) = teach([ffr.case_of(question, response)])
+            assert unknown not in ffr.encode(student, question, patch)["input_ids"]
+            assert unknown not in student.processor.tokenizer(response)["input_ids"]
+
+
+def ffr_rationale(truth, cue, look):
+    import data
+
+    return data.needle_rationale(truth, cue, look)
+
+
+def test_patch_never_contains_the_answer(questions, teach):
+    for question in questions:
+        (patch,) = teach([ffr.case_of(question, "hm")])
+        text = ffr.render_patch(patch, question.video, question.spacing, pictures=False)[0]["text"]
+        assert question.sample.answer not in text
+        assert all(word not in text for word in question.sample.answer.split())
+
+
+def test_prompt_template_takes_any_characters(student, samples):
+    odd = replace(samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"])
+    own = with_settings(student, prompt="Q: {question} | {options} | {suffix} {else}")
+    text = ffr.build_messages(own, odd)[0]["content"][1]["text"]
+    assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
+
+
+def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
+    video = questions[0].video
+    patch = EvidencePatch("spatial", "", [4], [(4, 5)], [Region(4, (0.25, 0.25, 0.75, 0.5), "it")])
+    text, frame, crop = (p for p in ffr.render_patch(patch, video, 0.5) if p["type"] != "text" or
+                         p["text"].startswith("\n\nEvidence"))
+    assert "Moments: <2.2 seconds>" in text["text"] and "at <2.0 seconds>: it" in text["text"]
+    assert frame["image"].size == (128, 128) and crop["image"].size == (64, 32)
+    assert frame["image"].getpixel((32, 40)) == (255, 0, 0)  # on the region's edge
+    assert frame["image"].getpixel((5, 5)) == video.frame(4).getpixel((5, 5))
+    assert video.frame(4).getpixel((32, 40)) != (255, 0, 0)  # the original stays as it was
+    assert crop["image"].getpixel((3, 3)) == video.frame(4).getpixel((35, 35))
+    bare = ffr.render_patch(patch, video, 0.5, pictures=False)
+    assert len(bare) == 1 and "0.25 0.25 0.75 0.50" in bare[0]["text"]
+    untimed = ffr.render_patch(replace(patch, spans=[], show_times=False), video, 0.5)
+    assert "seconds" not in "".join(part.get("text", "") for part in untimed)
+
+
+def test_long_span_is_given_by_both_ends(questions):
+    patch = EvidencePatch("temporal", spans=[(2, 9)])
+    text = ffr.render_patch(patch, questions[0].video, 0.5)[0]["text"]
+    assert "<1.0 seconds> to <4.5 seconds>" in text
+
+
+def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach):
+    groups = run(student, questions[:2], teach)
+    for question, group in zip(questions, groups):
+        for place, rollout in enumerate(group):
+            assert not rollout.first.score.correct and rollout.failed is not None
+            first = ffr.generate(
+                student.model, [question.prompt],
+                [ffr._seed(SEED, question.sample.id, place, "first")], student.sampling)[0]
+            assert rollout.failed.completion.ids.tolist() == first.ids.tolist()
+            assert rollout.failed.prompt is question.prompt
+            assert "pixel_values" in rollout.prompt  # the patched prompt, with its pictures
+            again = ffr.generate(
+                student.model, [rollout.prompt],
+                [ffr._seed(SEED, question.sample.id, place, "again")], student.sampling)[0]
+            assert rollout.completion.ids.tolist() == again.ids.tolist()
+
+
+def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
+    """One right first answer in three: it is not shown to the teacher and keeps its reward."""
+    judge, right = ffr.judge, ffr.Score(1.0, 1.0, True)
+    asked = []
+
+    def kind(student, question, prompt, completion):
+        rollout = judge(student, question, prompt, completion)
+        asked.append(rollout)
+        return replace(rollout, score=right) if len(asked) == 2 else rollout
+
+    monkeypatch.setattr(ffr, "judge", kind)
+    seen = []
+    group = run(student, questions[:1], lambda cases: seen.extend(cases) or teach(cases))[0]
+    assert len(seen) == 2
+    assert [r.failed is None for r in group] == [False, True, False]
+    assert group[1].reward == 2.0
+
+
+def test_kappa_shifts_exactly_the_repaired_rewards(student, questions, teach):
+    cheap, dear = (flat(run(student, questions[:2], teach, kappa=k)) for k in (0.0, 0.3))
+    for a, b in zip(cheap, dear):
+        assert a.completion.ids.tolist() == b.completion.ids.tolist()
+        assert a.reward - b.reward == pytest.approx(0.3 if a.failed else 0.0)
+
+
+def faults(teach):
+    def raises(talks):
+        raise RuntimeError("out of memory")
+
+    def hangs(talks):
+        time.sleep(20)
+
+    leaking = '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'
+    return {
+        "declined": lambda cases: [TeacherError("declined")] * len(cases),
+        "raised": lambda cases: teacher.diagnose(cases, raises),
+        "timeout": lambda cases: teacher.diagnose(cases, hangs, timeout=0.2),
+        "leak": lambda cases: teacher.diagnose(
+            cases, lambda talks: [teacher.Reply(leaking % cases[0].answer)] * len(talks)),
+        "malformed": lambda cases: teacher.diagnose(
+            cases, lambda talks: [teacher.Reply("no idea")] * len(talks)),
+    }
+
+
+@pytest.mark.parametrize("cause", ["declined", "raised", "timeout", "leak", "malformed"])
+def test_teacher_fault_costs_that_rollout_its_repair_and_nothing_else(
+    student, questions, teach, cause
+):
+    """The fault hits one of six failures; the others are as they are without it, bit for bit."""
+    fault = faults(teach)[cause]
+
+    def partly(cases):
+        return [*fault(cases[:1]), *teach(cases[1:])]
+
+    whole, broken = (flat(run(student, questions[:2], t)) for t in (teach, partly))
+    assert broken[0].failed is None and broken[0].error.cause == cause
+    assert broken[0].reward == broken[0].score.accuracy + broken[0].score.format  # untaxed
+    assert broken[0].completion.ids.tolist() == whole[0].failed.completion.ids.tolist()
+    for a, b in zip(whole[1:], broken[1:]):
+        assert a.completion.ids.tolist() == b.completion.ids.tolist()
+        assert torch.equal(a.first.completion.logps, b.first.completion.logps)
+        assert torch.allclose(a.completion.logps, b.completion.logps, atol=1e-5)
+        assert a.reward == b.reward
+
+
+def test_teacher_that_always_declines_is_plain_grpo(student, questions):
+    def decline(cases):
+        return [TeacherError("declined")] * len(cases)
+
+    declined, plain = (flat(run(student, questions[:2], t)) for t in (decline, None))
+    for a, b in zip(declined, plain):
+        assert a.completion.ids.tolist() == b.completion.ids.tolist()
+        assert a.reward == b.reward and a.prompt is b.prompt
+
+
+def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
+    longest = questions[0].prompt["input_ids"].shape[1]
+    (rollout,) = run(with_settings(student, max_prompt_length=longest), questions[:1], teach, rollouts=1)[0]
+    assert rollout.failed is None and rollout.error.cause == "prompt"
+
+
+def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
+    with pytest.raises(ValueError, match="over the limit of 20; raise --max_prompt_length"):
+        ffr.open_question(with_settings(student, max_prompt_length=20), samples[0])
+
+
+def test_repair_picture_shows_all_of_it(student, questions, teach):
+    rollout = run(student, questions[:1], teach)[0][0]
+    headings = [heading for heading, _ in ffr.describe_repair(questions[0], rollout, 0.3, 0.1)]
+    assert [h.split(":")[0].split(",")[0] for h in headings] == [
+        "Question (exact)", "The student sees", "First answer", "Find", "Fix", "Reason", "Reward"]
+    picture = ffr.draw_repair(questions[0], rollout, 0.3, 0.1)
+    assert picture.width == 1200 and 600 < picture.height < 2400

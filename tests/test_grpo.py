@@ -1,0 +1,218 @@
+"""GRPO against hand-computed numbers, an independent implementation, and itself one row at a time."""
+
+import pytest
+import torch
+
+import ffr
+import grpo
+from teacher import EvidencePatch
+
+
+def test_advantages_by_hand():
+    # G = 8, one unaided success (2.0), seven repairs (1.7): std 0.10607, unbiased
+    rewards = torch.tensor([[2.0] + [1.7] * 7])
+    advantages = grpo.group_advantages(rewards, "group")
+    assert advantages[0, 1].item() == pytest.approx(-0.353, abs=1e-3)
+    assert advantages[0, 0].item() == pytest.approx(0.2625 / (0.10607 + 1e-4), rel=1e-4)
+    assert grpo.group_advantages(rewards, "none")[0, 0].item() == pytest.approx(0.2625)
+    batch = grpo.group_advantages(rewards, "batch", torch.tensor(0.5))
+    assert batch[0, 0].item() == pytest.approx(0.2625 / 0.5001)
+    assert grpo.group_advantages(torch.ones(1, 4)).abs().max() == 0  # equal rewards teach nothing
+
+
+def test_loss_by_hand():
+    """2 rollouts of 3 and 2 tokens, ε 0.2, β 0.1."""
+    log = torch.tensor
+    logps = log([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).requires_grad_()
+    old = -log([[0.0, 0.4, -0.4], [0.4, 0.0, 9.0]])  # ratios 1, e^0.4, e^-0.4 | e^0.4, 1
+    ref = log([[0.0, 0.0, 0.5], [0.0, 0.0, 9.0]])
+    mask = log([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    loss = grpo.grpo_loss(logps, old, ref, log([1.0, -1.0]), mask, 5, 0.2, 0.1)
+    e = 2.718281828459045
+    first = 1.0 + 1.2 + e**-0.4  # A = 1: min(r, clip(r)) = 1, 1.2, e^-0.4
+    second = -(e**0.4) - 1.0  # A = −1: min(−r, −clip(r)) = −e^0.4, −1
+    kl = e**0.5 - 0.5 - 1
+    assert loss.item() == pytest.approx(-(first + second - 0.1 * kl) / 5, abs=1e-6)
+    loss.backward()
+    assert logps.grad[0, 1] == 0  # clipped
+    assert logps.grad[1, 2] == 0  # padding
+    assert logps.grad[1, 0].item() == pytest.approx(e**0.4 / 5, rel=1e-5)
+
+
+def test_loss_equals_an_independent_implementation():
+    torch.manual_seed(0)
+    for beta in (0.0, 0.04):
+        logps, old, ref = (torch.randn(5, 7) * 0.3 for _ in range(3))
+        advantages, lengths = torch.randn(5), [7, 3, 1, 5, 2]
+        total, count = 0.0, 0
+        for i, length in enumerate(lengths):
+            for t in range(length):
+                r = torch.exp(logps[i, t] - old[i, t]).item()
+                a = advantages[i].item()
+                bounded = min(max(r, 0.8), 1.2) * a
+                d = (ref[i, t] - logps[i, t]).item()
+                total += min(r * a, bounded) - beta * (torch.tensor(d).exp().item() - d - 1)
+                count += 1
+        mask = torch.tensor([[float(t < n) for t in range(7)] for n in lengths])
+        loss = grpo.grpo_loss(logps, old, ref, advantages, mask, count, 0.2, beta)
+        assert loss.item() == pytest.approx(-total / count, abs=1e-6)
+
+
+def test_empty_batch_has_a_finite_loss():
+    zeros = torch.zeros(2, 3)
+    assert grpo.grpo_loss(zeros, zeros, None, torch.ones(2), zeros, 0, beta=0.0).item() == 0
+
+
+def mixed_prompts(student, questions):
+    """Patched and unpatched prompts, of different lengths."""
+    patch = EvidencePatch("temporal", "look there", [4, 9], [(4, 5)])
+    plain = [question.prompt for question in questions[:3]]
+    return [plain[0], ffr.encode(student, questions[0], patch), plain[1], plain[2]]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampled_logps_equal_scored_logps(student, questions, top_p):
+    prompts = mixed_prompts(student, questions)
+    sampling = grpo.Sampling(0.7, top_p, 12, student.sampling.eos_ids, student.sampling.pad_id,
+                             student.sampling.suppressed_ids)
+    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], sampling)
+    batched, _, mask = grpo.token_logps(student.model, prompts, [c.ids for c in done], sampling)
+    assert len({p["input_ids"].shape[1] for p in prompts}) > 1  # so there is left padding
+    for i, (prompt, completion) in enumerate(zip(prompts, done)):
+        n = len(completion.ids)
+        single, _, _ = grpo.token_logps(student.model, [prompt], [completion.ids], sampling)
+        assert torch.allclose(completion.logps, batched[i, :n], atol=1e-4)
+        assert torch.allclose(completion.logps, single[0], atol=1e-4)
+        assert mask[i].sum() == n
+
+
+def test_a_rollout_does_not_depend_on_its_batch(student, questions):
+    prompts = mixed_prompts(student, questions)
+    together = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
+    alone = grpo.generate(student.model, prompts[2:3], [3], student.sampling)
+    assert together[2].ids.tolist() == alone[0].ids.tolist()
+    grouped = grpo.generate(student.model, prompts[2:3], [3, 8], student.sampling, num_rollouts=2)
+    assert grouped[0].ids.tolist() == alone[0].ids.tolist()
+    assert grouped[1].ids.tolist() != alone[0].ids.tolist()
+
+
+def test_sampling_follows_the_policy(student, questions):
+    """4,000 first tokens against their probabilities; a right sampler fails one run in 10^6."""
+    sampling = grpo.Sampling(1.0, 1.0, 1, student.sampling.eos_ids, student.sampling.pad_id,
+                             student.sampling.suppressed_ids)
+    done = grpo.generate(student.model, [questions[0].prompt], list(range(4000)), sampling, 4000)
+    counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
+    likely = counts.argmax()
+    logp, _, _ = grpo.token_logps(student.model, [questions[0].prompt], [likely[None]], sampling)
+    p = logp[0, 0].exp()
+    assert abs(counts[likely] - 4000 * p) < 4.9 * (4000 * p * (1 - p)).sqrt()
+
+
+def test_top_p_keeps_the_fewest_likely_tokens():
+    sampling = grpo.Sampling(top_p=0.6)
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
+    chosen = grpo._OwnNoise(list(range(500)), sampling, logits.device)(None, logits).argmax(-1)
+    assert set(chosen.tolist()) == {0, 1}
+
+
+def test_suppressed_ids_are_never_sampled_nor_scored(student):
+    vision = student.processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert vision in student.sampling.suppressed_ids
+    logits = torch.zeros(1, 1, len(student.processor.tokenizer))
+    logp = grpo.policy_logits(logits, student.sampling).log_softmax(-1)
+    assert logp[..., vision].exp() == 0
+
+
+def test_padding_with_a_suppressed_id_gives_no_nan(student, questions):
+    assert student.sampling.pad_id in student.sampling.suppressed_ids
+    prompts = [questions[0].prompt, questions[1].prompt]
+    ids = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    logps, entropy, _ = grpo.token_logps(student.model, prompts, ids, student.sampling)
+    logps.sum().backward()
+    assert torch.isfinite(logps).all() and torch.isfinite(entropy).all()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.model.parameters())
+    student.model.zero_grad()
+
+
+def test_checkpoints_generation_config_plays_no_part(student, questions):
+    before = grpo.generate(student.model, [questions[0].prompt], [1], student.sampling)
+    own = student.model.generation_config
+    own.repetition_penalty, own.top_k, own.temperature, own.do_sample = 3.0, 1, 0.1, True
+    after = grpo.generate(student.model, [questions[0].prompt], [1], student.sampling)
+    assert before[0].ids.tolist() == after[0].ids.tolist()
+    assert student.model.generation_config is own  # and it is saved with the weights as it was
+
+
+def test_logps_change_when_the_pixels_change(student, questions):
+    ids = [torch.tensor([5, 6, 7])]
+    seen, _, _ = grpo.token_logps(student.model, [questions[0].prompt], ids, student.sampling)
+    pixels = torch.zeros_like(questions[0].prompt["pixel_values_videos"])
+    blank = questions[0].prompt | {"pixel_values_videos": pixels}
+    unseen, _, _ = grpo.token_logps(student.model, [blank], ids, student.sampling)
+    assert (seen - unseen).abs().max() > 1e-3
+
+
+def gradients(student, accelerator, prompts, completions, advantages, weights, **kwargs):
+    """The gradient that `update` steps along, as one vector."""
+
+    class Keep:
+        def step(self):
+            self.grads = [p.grad.clone().flatten() for p in student.model.parameters()]
+
+        def zero_grad(self):
+            student.model.zero_grad()
+
+    keep = Keep()
+    tokens = sum(len(c.ids) * w for c, w in zip(completions, weights))
+    figures = grpo.update(
+        accelerator, student.model, None, keep, prompts, completions, advantages, weights, tokens,
+        student.sampling, beta=0.0, max_grad_norm=1e9, **kwargs,
+    )
+    return torch.cat(keep.grads), figures
+
+
+def test_update_follows_the_policy_gradient_row_by_row(student, questions, accelerator):
+    """At r_t = 1 the gradient is −1/N Σ A ∇ log π, here with one plain forward per rollout."""
+    prompts = mixed_prompts(student, questions)
+    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
+    advantages, weights = [0.5, -1.0, 2.0, 7.0], [1.0, 1.0, 1.0, 0.0]
+    got, figures = gradients(student, accelerator, prompts, done, advantages, weights)
+    assert figures["logp_gap"] < 1e-4
+    tokens = sum(len(c.ids) for c in done[:3])
+    for prompt, completion, advantage in list(zip(prompts, done, advantages))[:3]:
+        n = len(completion.ids)
+        inputs = dict(prompt)
+        inputs["input_ids"] = torch.cat([prompt["input_ids"], completion.ids[None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        zeros = torch.zeros_like(completion.ids)[None]
+        inputs["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], zeros], 1)
+        logits = student.model(**inputs).logits[0, -n - 1 : -1].float()
+        logits[:, list(student.sampling.suppressed_ids)] = -torch.inf
+        logp = logits.log_softmax(-1)[torch.arange(n), completion.ids]
+        (-advantage * logp.sum() / tokens).backward()
+    want = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+    student.model.zero_grad()
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_stand_in_row_changes_no_gradient(student, questions, accelerator):
+    prompts = mixed_prompts(student, questions)
+    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
+    rows = (prompts, done, [0.5, -1.0, 2.0, 1.0], [1.0] * 4)
+    plain, _ = gradients(student, accelerator, *rows)
+    padded, _ = gradients(student, accelerator, *rows, stand_in=ffr.stand_in(student, questions[0]))
+    assert (plain - padded).norm() / plain.norm() < 1e-5
+
+
+def test_second_update_is_clipped_against_the_first_policy(student, questions, accelerator):
+    """μ = 2 with a large step: ratios leave 1 ± ε and are counted."""
+    prompts = [question.prompt for question in questions[:3]]
+    done = grpo.generate(student.model, prompts, [1, 2, 3], student.sampling)
+    optimizer = torch.optim.SGD(student.model.parameters(), lr=1.0)
+    reference = type(student.model)(student.model.config)
+    reference.load_state_dict(student.model.state_dict())
+    figures = grpo.update(
+        accelerator, student.model, reference.eval(), optimizer, prompts, done, [1.0, -1.0, 2.0],
+        [1.0] * 3, sum(len(c.ids) for c in done), student.sampling, num_updates=2,
+    )
+    assert figures["clipped"] > 0 and figures["kl"] > 0

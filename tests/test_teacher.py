@@ -1,0 +1,235 @@
+"""The protocol around any brain: tools, reply, limits, leak gate, and what goes wrong."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+import teacher
+from teacher import Case, EvidencePatch, Region, Reply, TeacherError, diagnose, leak, run_tool
+
+
+class Clip:
+    """40 frames at 10 fps; the frame's index is its red value."""
+
+    fps = 10.0
+
+    def __len__(self):
+        return 40
+
+    def frame(self, index):
+        if index == 14:
+            raise ValueError("frame 14 does not decode")
+        return Image.new("RGB", (100, 50), (index, 0, 0))
+
+
+def make_case(**changes):
+    fields = dict(id="c", question="What is put down?", options=[], answer="book",
+                  response="<think>hm</think> <answer>clothes</answer>", video=Clip())
+    return Case(**fields | changes)
+
+
+def patch_json(content="follow the hand", frames=(4,), markers=((4, 6),), regions=(), kind="temporal"):
+    evidence = {"content": content, "key_frames": frames, "temporal_markers": markers,
+                "spatial_regions": regions}
+    body = json.dumps({"error_classification": kind, "evidence_patch": evidence})
+    return f"<think>so</think><answer>{body}</answer>"
+
+
+def brain(*texts):
+    """A brain that says these texts in turn, and keeps the conversations it was given."""
+    talks_seen = []
+
+    def chat(talks):
+        talks_seen.append([list(talk) for talk in talks])
+        return [Reply(texts[len(talks_seen) - 1], 7) for _ in talks]
+
+    chat.seen = talks_seen
+    return chat
+
+
+def test_tools_return_pictures_of_the_original_video():
+    label, picture = run_tool("get_frame", "4", Clip())
+    assert label["text"] == "frame 4 (0.40 s)" and picture["image"].getpixel((0, 0)) == (4, 0, 0)
+    _, crop = run_tool("zoom_region", "frame_index=4, x1=0.1, y1=0, x2=0.5, y2=1", Clip())
+    assert crop["image"].size == (40, 50)
+    parts = run_tool("get_temporal_segment", "10, 20, stride=5", Clip())
+    assert [p["image"].getpixel((0, 0))[0] for p in parts[1::2]] == [10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, said",
+    [
+        ("get_frame", "40", "only 0 to 39"),
+        ("get_frame", "-1", "only 0 to 39"),
+        ("get_frame", "nan", "no finite number"),
+        ("get_frame", "__import__('os')", "could not convert"),
+        ("get_frame", "1, 2", "takes"),
+        ("get_frame", "", "takes"),
+        ("get_temporal_segment", "0, 39", "40 frames"),
+        ("get_temporal_segment", "9, 3", "0 frames"),
+        ("zoom_region", "3, 0.5, 0.5, 0.2, 0.9", "needs 0 <= x1"),
+        ("delete_video", "1", "there is no tool"),
+    ],
+)
+def test_bad_tool_calls_are_explained_to_the_teacher(name, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        run_tool(name, arguments, Clip())
+
+
+def test_tool_loop_hands_pictures_back_and_returns_the_patch():
+    chat = brain("TOOL_CALL: get_frame(4)\nTOOL_CALL: get_frame(99)", patch_json())
+    (patch,) = diagnose([make_case()], chat)
+    assert patch.error_type == "temporal" and patch.guidance == "follow the hand"
+    assert (patch.key_frames, patch.spans, patch.tokens) == ([4], [(4, 6)], 14)
+    assert patch.transcript[0] == "get_frame(4)" and "failed" in patch.transcript[1]
+    answered = chat.seen[1][0][-1]["content"]
+    assert [p["type"] for p in answered] == ["text", "image", "text"]
+    assert "only 0 to 39" in answered[2]["text"]
+
+
+def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_only_if_allowed():
+    for shown in (True, False):
+        chat = brain(patch_json())
+        diagnose([make_case()], chat, show_answer=shown, num_frames=5)
+        content = chat.seen[0][0][1]["content"]
+        pictures = [p["image"].getpixel((0, 0))[0] for p in content if p["type"] == "image"]
+        assert pictures == [0, 10, 20, 29, 39]
+        assert ("book" in content[0]["text"]) is shown
+
+
+def test_patch_is_cut_to_size():
+    regions = [{"frame": 3, "box": [0, 0, 0.5, 0.5], "what": "x"}] * 5
+    text = patch_json("word " * 200, list(range(10)), [[0, 19], [20, 39]], regions)
+    (patch,) = diagnose([make_case()], brain(text))
+    assert len(patch.key_frames) == 4 and len(patch.regions) == 2
+    assert len(patch.guidance.split()) == 60
+    assert sum(b - a + 1 for a, b in patch.spans) <= 10  # 25 % of 40 frames
+    assert patch.spans == [(7, 11), (27, 31)]  # about their middles
+
+
+def test_patch_does_not_answer_where_or_when():
+    regions = [{"frame": 3, "box": [0, 0, 0.5, 0.5]}]
+    text = patch_json(regions=regions)
+    where, when, what = (
+        diagnose([make_case(question=q)], brain(text))[0]
+        for q in ("On which side is it?", "At about which second does it start?", "What is it?")
+    )
+    assert where.regions == [] and where.spans
+    assert when.spans == [] and not when.show_times and when.regions
+    assert what.regions and what.spans and what.show_times
+
+
+@pytest.mark.parametrize(
+    "words, case, leaks",
+    [
+        ("it is the book", {}, True),
+        ("The answer is near the end", {}, True),
+        ("see what the hand leaves behind", {}, False),
+        ("choose option B", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, True),
+        ("read the word taxi", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, True),
+        ("read the sign", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, False),
+        ("a sign passes", {"answer": "A", "options": ["A. Bus", "B. Taxi"]}, False),
+        ("there are three of them", {"answer": "3"}, True),
+        ("there are 3 of them", {"answer": "three"}, True),
+        ("count them again", {"answer": "3"}, False),
+        ("it turns RED, Blue!", {"answer": "red blue"}, True),
+    ],
+)
+def test_leak_gate_knows_the_answer(words, case, leaks):
+    assert (leak(EvidencePatch("temporal", words), make_case(**case)) is not None) is leaks
+    marked = EvidencePatch("spatial", "", regions=[Region(0, (0, 0, 1, 1), words)])
+    assert (leak(marked, make_case(**case)) is not None) is leaks
+
+
+def test_leaking_patch_is_asked_for_once_more_then_reduced():
+    fixed = diagnose([make_case()], brain(patch_json("it is the book"), patch_json()))[0]
+    assert fixed.guidance == "follow the hand" and len(fixed.refusals) == 1
+    stubborn = brain(patch_json("it is the book"), patch_json("yes, a book"))
+    reduced = diagnose([make_case()], stubborn, show_answer=False)[0]  # known though not shown
+    assert reduced.guidance == "" and reduced.key_frames == [4] and len(reduced.refusals) == 2
+    only_words = patch_json("it is the book", (), ())
+    (error,) = diagnose([make_case()], brain(only_words, only_words))
+    assert isinstance(error, TeacherError) and error.cause == "leak"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I do not know.",
+        "<answer>{}</answer>",
+        "<answer>{'error_classification': 1}</answer>",
+        patch_json(kind="bad luck"),
+        patch_json(frames=["x"]),
+        patch_json(frames=[4000]),
+        patch_json(markers=[[1]]),
+        patch_json(regions=[{"frame": 1, "box": [0, 0, 9, 9]}]),
+        patch_json(regions=["left"]),
+        patch_json("", (), ()),
+        '<answer>{"error_classification": "temporal", "evidence_patch": 3}</answer>',
+    ],
+)
+def test_malformed_reply_is_a_teacher_error(text):
+    (error,) = diagnose([make_case()], brain(text))
+    assert isinstance(error, TeacherError) and error.cause == "malformed"
+
+
+def test_one_case_fails_alone():
+    def chat(talks):
+        return [TeacherError("busy"), Reply(patch_json()), Reply("prose")][: len(talks)]
+
+    broken = make_case(video=type("Broken", (Clip,), {"frame": lambda s, i: Clip.frame(s, 14)})())
+    first, second, third, fourth = diagnose([make_case(), make_case(), make_case(), broken], chat)
+    assert [e.cause for e in (first, third, fourth)] == ["busy", "malformed", "video"]
+    assert isinstance(second, EvidencePatch)
+
+
+def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
+    def raises(talks):
+        raise ConnectionError("no route")
+
+    def hangs(talks):
+        time.sleep(30)
+
+    began = time.time()
+    causes = [
+        diagnose([make_case()], chat, timeout=0.2)[0].cause
+        for chat in (raises, hangs, lambda talks: [], lambda talks: None)
+    ]
+    assert causes == ["raised", "timeout", "protocol", "protocol"] and time.time() - began < 5
+    assert diagnose([make_case()], lambda talks: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
+
+
+def test_scripted_brain_names_the_step_that_failed(samples):
+    import data
+
+    sample = samples[0]
+    cue, look = sample.truth["cue"], sample.truth["look"]
+    chat = teacher.scripted({sample.id: sample.truth["evidence"]})
+    video = data.Video(sample.path)
+
+    def patch(*cited):
+        response = data.needle_rationale(sample.truth, *cited)
+        case = Case(sample.id, sample.question, [], sample.answer, response, video)
+        return diagnose([case], chat)[0]
+
+    assert patch(cue - 1, look).error_type == "temporal"
+    assert patch(cue, 7 - look).error_type == "misconception"
+    assert patch(cue, look).error_type == "spatial"
+    assert patch(cue, look).transcript[0].startswith("zoom_region")
+    unknown = Case("else", "?", [], "x", "", video)
+    assert diagnose([unknown], chat)[0].cause == "unknown"
+
+
+def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
+    """A tiny random model cannot diagnose, but every part of the plumbing is real."""
+    import data
+
+    chat = teacher.local(student.model, student.processor, max_tokens=5)
+    cases = [Case(s.id, s.question, [], s.answer, "hm", data.Video(s.path)) for s in samples[:3]]
+    talks = [teacher.first_messages(case, True, n) for case, n in zip(cases, (2, 4, 3))]
+    replies = chat(talks)
+    assert len(replies) == 3 and all(isinstance(r, Reply) and 0 < r.tokens <= 5 for r in replies)
+    assert chat(talks[1:2])[0].text == replies[1].text  # padding changes nothing
+    assert [e.cause for e in diagnose(cases, chat)] == ["malformed"] * 3

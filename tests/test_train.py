@@ -1,0 +1,290 @@
+"""The loop, its settings and refusals, two processes, and the leaf files on their own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import ffr
+import grpo
+import train
+from teacher import TeacherError
+
+
+def train_once(config, accelerator, samples, teach):
+    Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
+    student = train.load_student(config, accelerator)
+    spare = ffr.open_question(student, samples[0])
+    history = train.train(config, accelerator, student, samples, teach, spare)
+    return student, history
+
+
+@pytest.fixture
+def some_right(monkeypatch):
+    """A verifier that finds a random student right now and then, by its text alone: without unequal
+    rewards every advantage, and so every gradient, would be 0."""
+
+    def score(text, answer, kind):
+        return ffr.Score(float(len(text) % 3 == 0), float(len(text) % 2), len(text) % 3 == 0)
+
+    monkeypatch.setattr(ffr, "score", score)
+
+
+def decline(cases):
+    return [TeacherError("declined")] * len(cases)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
+def test_declining_teacher_equals_plain_grpo_bit_for_bit(
+    make_config, accelerator, samples, teach, some_right
+):
+    changes = {"max_steps": 3, "learning_rate": 1e-3}
+    plain, history = train_once(make_config(method="grpo", **changes), accelerator, samples, None)
+    declined, other = train_once(make_config(**changes), accelerator, samples, decline)
+    repaired, _ = train_once(make_config(**changes), accelerator, samples, teach)
+    untouched = train.load_student(make_config(), accelerator)
+    assert same(plain, declined) and not same(plain, repaired)
+    assert [h["reward"] for h in history] == [h["reward"] for h in other]
+    assert other[0]["teacher_failures"] == other[0]["teacher_declined"] == 6 * other[0]["failure"]
+    assert history[0]["grad_norm"] > 0 and not same(plain, untouched)
+
+
+def recorded_update(monkeypatch):
+    calls, update = [], grpo.update
+
+    def keep(*args, **kwargs):
+        calls.append(args)
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(grpo, "update", keep)
+    return calls
+
+
+def test_the_update_gets_the_repaired_tokens_under_the_patched_prompt(
+    make_config, accelerator, samples, teach, monkeypatch, some_right
+):
+    """Train failed ids with the repaired reward, or score without the patch: this turns red."""
+    calls, groups, round_ = recorded_update(monkeypatch), [], ffr.find_fix_reason
+    monkeypatch.setattr(
+        ffr, "find_fix_reason", lambda *a, **k: groups.append(round_(*a, **k)) or groups[-1])
+    _, history = train_once(make_config(max_steps=1), accelerator, samples, teach)
+    (call,), rollouts = calls, [r for group in groups[0] for r in group]
+    prompts, completions, advantages, weights = call[4:8]
+    assert 0 < sum(r.failed is not None for r in rollouts) < 6
+    for prompt, completion, rollout in zip(prompts, completions, rollouts):
+        assert completion.ids.tolist() == rollout.completion.ids.tolist()
+        assert ("pixel_values" in prompt) == (rollout.failed is not None)
+        if rollout.failed:
+            assert completion.ids.tolist() != rollout.failed.completion.ids.tolist()
+            assert "pixel_values" not in rollout.failed.prompt
+    rewards = torch.tensor([r.reward for r in rollouts]).view(2, 3)
+    assert advantages == grpo.group_advantages(rewards).flatten().tolist() and any(advantages)
+    assert weights == [1.0] * 6
+    # The same policy sampled and scored: the wrong ids, prompt or pixels would show up here.
+    assert history[0]["logp_gap"] < 1e-4
+    ids = [c.ids for c in completions]
+    for wrong in ([r.first.prompt for r in rollouts], [blank(p) for p in prompts]):
+        logps, _, _ = grpo.token_logps(call[1], wrong, ids, call[9])
+        gaps = [(c.logps - row[: len(c.ids)]).abs().max() for c, row in zip(completions, logps)]
+        assert max(gaps) > 1e-3
+
+
+def blank(prompt):
+    return prompt | {"pixel_values_videos": torch.zeros_like(prompt["pixel_values_videos"])}
+
+
+def test_failed_tokens_get_no_gradient(
+    make_config, accelerator, samples, teach, monkeypatch, some_right
+):
+    """The loss is a function of the chosen completions' log-probs alone: τ of a repaired rollout,
+    prompts, patches and padding are nowhere in it."""
+    seen, loss = [], grpo.grpo_loss
+
+    def keep(logps, *args):
+        logps.retain_grad()
+        seen.append((logps, args[3]))
+        return loss(logps, *args)
+
+    monkeypatch.setattr(grpo, "grpo_loss", keep)
+    calls = recorded_update(monkeypatch)
+    train_once(make_config(max_steps=1), accelerator, samples, teach)
+    (logps, mask), completions, advantages = seen[0], calls[0][5], calls[0][6]
+    lengths = [len(c.ids) for c in completions]
+    assert any(advantages) and logps.shape == (6, max(lengths)) and mask.sum(1).tolist() == lengths
+    for row, (length, advantage) in enumerate(zip(lengths, advantages)):
+        want = torch.zeros(max(lengths))
+        want[:length] = -advantage / sum(lengths)
+        assert torch.allclose(logps.grad[row], want, atol=1e-7)
+
+
+def test_broken_video_costs_its_record_and_is_counted(make_config, accelerator, samples, teach):
+    broken = [data.Sample(**vars(s) | {"path": str(ROOT / "README.md")}) for s in samples]
+    config = make_config(max_steps=1, questions_per_device=6)
+    picked = train.pick(samples, 0, config, accelerator)
+    one_broken = [b if s.id == picked[0].id else s for s, b in zip(samples, broken)]
+    _, history = train_once(config, accelerator, one_broken, teach)
+    assert history[0]["skipped"] == 1 and torch.isfinite(torch.tensor(history[0]["grad_norm"]))
+    assert history[0]["sampled_tokens"] <= 5 * 3 * 2 * 16
+
+
+def test_every_record_is_seen_once_an_epoch(make_config, accelerator, samples):
+    config = make_config()
+    seen = [s.id for step in range(3) for s in train.pick(samples, step, config, accelerator)]
+    again = [s.id for step in range(3, 6) for s in train.pick(samples, step, config, accelerator)]
+    assert sorted(seen) == sorted(s.id for s in samples) == sorted(again) and seen != again
+
+
+REFUSALS = {
+    "num_rollouts=1": "--num_rollouts must be 2 or more",
+    "kappa=-0.1": "--kappa, --lam and --beta must be 0 or more",
+    "lam=0.3": "--lam must be below --kappa",
+    "temperature=0": "--temperature must be above 0",
+    "top_p=0": "--top_p must be in",
+    "teacher=local": "--teacher local needs --teacher_model",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSALS)
+def test_settings_that_cannot_be_meant_are_refused(make_config, setting):
+    with pytest.raises(SystemExit, match=REFUSALS[setting]):
+        make_config(**dict([setting.split("=")]))
+
+
+def test_lambda_below_kappa_and_both_zero_are_fine(make_config):
+    assert make_config(lam=0.29).lam == 0.29 and make_config(kappa=0, lam=0).kappa == 0
+
+
+def test_defaults_are_table_8_and_tiny_gives_way_to_flags():
+    config = train.parse(["--model", "m", "--data", "d"])
+    table = dict(num_rollouts=8, temperature=1.0, top_p=0.95, beta=0.04, kappa=0.3, lam=0.0,
+                 learning_rate=5e-6, weight_decay=0.01, max_grad_norm=5.0, epochs=1, num_frames=16,
+                 frame_pixels=100352, picture_pixels=401408, questions_per_device=1,
+                 max_prompt_length=16384, max_completion_length=1024)
+    assert {name: getattr(config, name) for name in table} == table
+    assert train.parse([]).lam == 0.1 and train.parse(["--lam", "0"]).lam == 0
+
+
+def start(monkeypatch, config_folder, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(config_folder / "out"), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # one sentence, exit 1
+    return stop.value.code
+
+
+def test_what_is_wrong_with_the_input_is_said_before_training(
+    monkeypatch, tmp_path, model_folder, samples
+):
+    records = str(Path(samples[0].path).parent / "records.jsonl")
+    base = ["--model", model_folder, "--prompt", "{question}", "--frame_pixels", "1024"]
+    gone = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "gone.json"))
+    assert "gone.json: no such data file" in gone
+    (tmp_path / "fake.mp4").write_text("text")
+    record = json.loads(Path(records).read_text().splitlines()[0]) | {"path": "fake.mp4"}
+    (tmp_path / "fake.jsonl").write_text(json.dumps(record))
+    fake = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "fake.jsonl"))
+    assert "fake.mp4: not a video" in fake
+    long = start(monkeypatch, tmp_path, *base, "--data", records, "--max_prompt_length", "20")
+    assert "over the limit of 20" in long
+    evidence = {k: v for k, v in record.items() if k != "evidence"} | {"path": samples[0].path}
+    (tmp_path / "bare.jsonl").write_text(json.dumps(evidence))
+    bare = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "bare.jsonl"))
+    assert "no record has 'evidence'" in bare
+
+
+def test_student_folders_that_cannot_train_are_refused(
+    monkeypatch, tmp_path, model_folder, samples
+):
+    records = str(Path(samples[0].path).parent / "records.jsonl")
+    shutil.copytree(model_folder, tmp_path / "bare")
+    for file in (tmp_path / "bare").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    assert "no processor" in start(
+        monkeypatch, tmp_path, "--model", str(tmp_path / "bare"), "--data", records)
+    shutil.copytree(model_folder, tmp_path / "opens")
+    template = tmp_path / "opens" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant\n<think>\n"))
+    assert "opens <think> itself" in start(
+        monkeypatch, tmp_path, "--model", str(tmp_path / "opens"), "--data", records)
+
+
+def torchrun(processes, *arguments, timeout=280):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+               "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+               str(ROOT / "tests" / "ranks.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_have_the_gradient_of_one(folder, model_folder, tmp_path):
+    torchrun(2, "gradient", folder, tmp_path / "two.pt")
+    torchrun(1, "gradient", folder, tmp_path / "one.pt")
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    difference = (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm()
+    assert one["gradient"].norm() > 0 and difference < 1e-5
+
+
+def test_ranks_make_the_same_calls_whatever_fails_on_one(folder, model_folder, tmp_path):
+    torchrun(2, "calls", folder, tmp_path / "calls.json")
+    zero, one = json.loads((tmp_path / "calls.json").read_text())
+    assert zero["repaired"] == 0 and one["repaired"] == 4
+    assert zero["calls"] == one["calls"] and zero["calls"]["generate"] == 2
+    assert zero["finite"] and one["finite"]
+
+
+def test_whole_job_runs_on_two_processes(tmp_path):
+    said = torchrun(2, "run", tmp_path, "--cold_start_steps", 4, "--max_steps", 3,
+                    "--questions_per_device", 2, "--num_rollouts", 2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["method"] == "ffr"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert all(json.loads(line)["logp_gap"] < 1e-4 for line in lines)
+    assert "unaided_after" in said and said.count("unaided_after") == 1
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["reward", "grpo", "teacher", "data"])
+def test_leaf_files_work_alone(tmp_path, name):
+    jobs = {
+        "reward": "assert reward.score('<think>a</think> <answer>B</answer>', 'B', 'multiple choice')"
+                  " == (1.0, 1.0, True)",
+        "grpo": "import torch; assert grpo.group_advantages(torch.tensor([[0., 2.]])).sum() == 0",
+        "teacher": "chat = teacher.scripted({}); assert teacher.diagnose([], chat) == []",
+        "data": "p = data.needle_videos('n', 1, 0); s = data.load_samples(p)[0];"
+                " assert len(data.Video(s.path)) == 16",
+    }
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import {name}; {jobs[name]}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_files_keep_their_limits():
+    sizes = {}
+    for name in ("ffr", "teacher", "reward", "grpo", "data", "train"):
+        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        sizes[name] = len(lines)
+        assert all(len(line) <= 100 for line in lines), name
+    assert max(sizes.values()) <= 400 and sum(sizes.values()) <= 1800, sizes
+
+
+def test_every_setting_is_read():
+    source = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("train.py", "ffr.py"))
+    for name in train.Config.__dataclass_fields__:
+        assert re.search(rf"\b(config|c|settings)\.{name}\b", source), name
