@@ -4,8 +4,7 @@
     student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8 and Video-R1's record format. The needle videos, their cold-start texts and the
-student of their size are ours. This file imports no sibling.
+Sources: FFR Table 8, Video-R1's record format; the needle videos are ours. Imports no sibling.
 """
 
 import json
@@ -22,7 +21,7 @@ import transformers
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-# Video-R1's five types, and ours: `exact` is all or nothing on the normalised string.
+# Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
 
 
@@ -33,7 +32,6 @@ class DataError(ValueError):
 @dataclass
 class Sample:
     """One video question. `truth` is for a scripted teacher or a cold start alone to look up."""
-
     id: str
     question: str
     options: list[str]
@@ -44,14 +42,10 @@ class Sample:
     truth: dict = field(default_factory=dict)
 
 
-# --- records ---
 def load_samples(path: str, video_root: str = "") -> list[Sample]:
-    """Read Video-R1 records from a `.json` list or a `.jsonl` file.
-
-    `video_root` is joined before each record's `path` (default: the data file's own folder).
-    Raises `DataError` naming the file, the record (from 1), the field and the remedy. Whether each
-    video opens is `check_videos`' business.
-    """
+    """Read Video-R1 records from a `.json` list or a `.jsonl` file. `video_root` comes before each
+    record's `path` (default: the data file's own folder). Raises `DataError` naming the file, the
+    record (from 1), the field and the remedy. Whether a video opens, `Video` tells."""
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such data file; give a .json or .jsonl file")
@@ -97,19 +91,10 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     )
 
 
-def check_videos(samples: list[Sample]) -> None:
-    """Open every distinct video once; raises `DataError` for the first that does not open."""
-    for path in dict.fromkeys(sample.path for sample in samples):
-        Video(path)
-
-
 # --- videos ---
 class Video:
-    """A video file read by decord. Frames are addressed by their index in the original.
-
-    Satisfies the teacher's protocol: `len(video)`, `video.fps`, `video.frame(i)`.
-    Raises `DataError` where the file cannot be opened or a frame cannot be decoded.
-    """
+    """A video file read by decord, frames addressed by their index in the original: what teacher.py
+    calls a Clip. Raises `DataError` where the file does not open or a frame does not decode."""
 
     def __init__(self, path: str):
         self.path, self._kept = str(path), {}
@@ -152,11 +137,9 @@ class Video:
 
 def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     """Shrink an image to at most `max_pixels`, keeping its shape; smaller ones stay as they are."""
-    scale = (max_pixels / (image.width * image.height)) ** 0.5
-    if scale >= 1:
-        return image
+    scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
     size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
@@ -171,11 +154,11 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
         buffer = BytesIO()
         frame.convert("RGB").save(buffer, "JPEG", quality=92)
         jpegs.append(buffer.getvalue() + b"\0" * (len(buffer.getvalue()) % 2))
-    (width, height), n, most = frames[0].size, len(frames), max(map(len, jpegs))
-    avih = struct.pack("<14I", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, width, height, 0, 0, 0, 0)
+    (w, h), n, most = frames[0].size, len(frames), max(map(len, jpegs))
+    avih = struct.pack("<14I", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, w, h, 0, 0, 0, 0)
     strh = struct.pack("<4s4sIHH8I4H", b"vids", b"MJPG", 0, 0, 0, 0, 1, fps, 0, n, most, 2**32 - 1,
-                       0, 0, 0, width, height)
-    strf = struct.pack("<3I2H4s5I", 40, width, height, 1, 24, b"MJPG", 3 * width * height, 0, 0, 0, 0)
+                       0, 0, 0, w, h)
+    strf = struct.pack("<3I2H4s5I", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0)
     streams = chunk(b"LIST", b"strl", chunk(b"strh", strh), chunk(b"strf", strf))
     header = chunk(b"LIST", b"hdrl", chunk(b"avih", avih), streams)
     index, offset = [], 4
@@ -188,14 +171,12 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
 
 # --- needle videos: one short moment answers the question ---
 
-COLOURS = {
-    "red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220), "yellow": (240, 220, 40),
-    "cyan": (40, 210, 220), "pink": (245, 110, 200), "white": (250, 250, 250), "black": (9, 9, 9),
-}
-RELATIONS = {
-    -2: "two moments before the flash", -1: "one moment before the flash", 0: "during the flash",
-    1: "one moment after the flash", 2: "two moments after the flash",
-}
+COLOURS = {"red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220),
+           "yellow": (240, 220, 40), "cyan": (40, 210, 220), "pink": (245, 110, 200),
+           "white": (250, 250, 250), "black": (9, 9, 9)}
+RELATIONS = {-2: "two moments before the flash", -1: "one moment before the flash",
+             0: "during the flash", 1: "one moment after the flash",
+             2: "two moments after the flash"}
 MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
 CAPTION = "describe every moment"
 
@@ -212,20 +193,17 @@ def moment_time(moment: int) -> str:
 def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
     """Write `n` needle videos and their Video-R1 records; returns the path of `records.jsonl`.
 
-    Each moment (two frames) shows a square with a ring and a core colour at a random place, over a
-    bar that tells the time. One moment is flashed. The question asks for both colours at a moment
-    given relative to the flash, so it takes finding (the flash), relating and reading.
-    """
+    Each moment (two frames) shows a square with a ring and a core colour, over a bar that tells the
+    time. One is flashed. The question asks for the colours at a moment relative to the flash, so it
+    takes finding (the flash), relating and reading."""
     rng, root, margin = random.Random(seed), Path(folder), max(map(abs, relations))
     root.mkdir(parents=True, exist_ok=True)
     records = []
     for i in range(n):
         cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
         look, name = cue + relation, f"needle-{seed}-{i:05d}"
-        scenes = [
-            (rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
-            for _ in range(MOMENTS)
-        ]  # left, top, ring, core
+        scenes = [(rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
+                  for _ in range(MOMENTS)]  # left, top, ring, core
         times = [(m, f) for m in range(MOMENTS) for f in moment_frames(m)]
         frames = [_draw(rng, scenes[m], m == cue, f) for m, f in times]
         write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
@@ -281,6 +259,8 @@ def needle_caption(truth: dict, order: list[int]) -> str:
 
 
 # --- a student of the needle videos' size ---
+WORDS = ["user assistant flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
+         "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop"]
 SPECIALS = ["<|im_end|>", "<|pad|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
             "<|vision_end|>", "<|im_start|>"]
 CHAT_TEMPLATE = (
@@ -294,12 +274,10 @@ CHAT_TEMPLATE = (
 def tiny_student(folder: str, samples: list[Sample], seed: int) -> None:
     """Save a random Qwen3-VL of 0.5 M parameters with its real processor and a tokenizer of words:
     those of the questions, of rationales and of rendered patches."""
-    texts = [CAPTION, *COLOURS, *RELATIONS.values(), *(s.question for s in samples)]
+    texts = [CAPTION, *COLOURS, *RELATIONS.values(), *(s.question for s in samples), *WORDS]
     texts += [e["guidance"] for s in samples for e in s.truth["evidence"]]
     texts += [moment_time(m) for m in range(MOMENTS)]
     texts += [f"<{f / NEEDLE_FPS:.1f} seconds>" for f in range(MOMENTS * FRAMES_PER_MOMENT)]
-    texts += ["user assistant flash look <think> </think> <answer> </answer> 0123456789 . , : ( )"]
-    texts += ["Evidence temporal spatial misconception Moments to Region Guidance Frame Crop at"]
     word = r"<[^<>|]+>|[A-Za-z]+|[^\sA-Za-z]"
     words = sorted({w for text in texts for w in re.findall(word, text)})
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
@@ -315,16 +293,12 @@ def tiny_student(folder: str, samples: list[Sample], seed: int) -> None:
         transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE,
     )
     end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=24, initializer_range=0.08,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]},
-        pad_token_id=pad, eos_token_id=end, bos_token_id=None,
-    )
-    vision = dict(
-        depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96,
-        num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08,
-    )
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
+    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, head_dim=24, rope_parameters=rope, vocab_size=len(tokenizer),
+                pad_token_id=pad, eos_token_id=end, bos_token_id=None, initializer_range=0.08)
+    vision = dict(hidden_size=64, intermediate_size=128, depth=1, num_heads=2, out_hidden_size=96,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
     config = transformers.Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
         video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,

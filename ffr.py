@@ -9,13 +9,14 @@
     R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
-A repaired rollout is on-policy under a different observation: its prompt is the patched one, and
-its tokens are scored under that, for π_θ, π_old and π_ref alike. Source: FFR §Method.
+A τ* is on-policy under a different observation: its tokens are scored under the patched prompt,
+for π_θ, π_old and π_ref alike. Source: FFR §Method.
 """
 
 import hashlib
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,6 @@ SUFFIXES = {
 class Student:
     """π_θ and how it sees and answers. `settings` (train.Config, or anything with these names) has
     prompt, num_frames, frame_pixels, picture_pixels, max_prompt_length and patch_pictures."""
-
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
@@ -58,7 +58,6 @@ class Student:
 @dataclass
 class Question:
     """x: a sample, its video, and the student's view of it."""
-
     sample: Sample
     video: Video
     indices: list[int]  # original frames shown to the student
@@ -76,7 +75,6 @@ class Question:
 @dataclass
 class Rollout:
     """A response and all that its reward is made of. `prompt` is the one that it answers."""
-
     prompt: dict
     completion: Completion
     text: str
@@ -91,9 +89,6 @@ class Rollout:
     def first(self) -> "Rollout":
         """The unaided rollout in this place of the group."""
         return self.failed or self
-
-
-Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
 
 
 def open_question(student: Student, sample: Sample) -> Question:
@@ -126,18 +121,15 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
     def at(first: int, last: int) -> str:
         start, end = video.seconds(first), video.seconds(last)
         if end - start <= spacing:  # one moment of the student's view
-            return f"<{(start + end) / 2:.1f} seconds>"
-        return f"<{start:.1f} seconds> to <{end:.1f} seconds>"
-
-    def when(frame: int) -> str:
-        return f" at {at(frame, frame)}" if patch.show_times else ""
+            return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
+        return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
 
     lines = [f"\n\nEvidence ({patch.error_type}):"]
     if patch.spans:
-        lines.append("Moments: " + ", ".join(at(*span) for span in patch.spans))
+        lines.append("Moments:" + ",".join(at(*span) for span in patch.spans))
     for frame, box, what in patch.regions:
         corners = "" if pictures else " " + " ".join(f"{v:.2f}" for v in box)
-        lines.append(f"Region{when(frame)}{corners}: {what}".removesuffix(": "))
+        lines.append(f"Region{at(frame, frame)}{corners}: {what}".removesuffix(": "))
     if patch.guidance:
         lines.append(f"Guidance: {patch.guidance}")
     parts = [{"type": "text", "text": "\n".join(lines)}]
@@ -154,7 +146,7 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
             width = max(2, min(image.size) // 100)
             ImageDraw.Draw(drawn[frame]).rectangle(corners, outline=(255, 0, 0), width=width)
     for kind, frame, image in [*(("Frame", *item) for item in drawn.items()), *crops]:
-        parts.append({"type": "text", "text": f"\n{kind}{when(frame)}:"})
+        parts.append({"type": "text", "text": f"\n{kind}{at(frame, frame)}:"})
         parts.append({"type": "image", "image": image})
     return parts
 
@@ -186,14 +178,14 @@ def render_chat(processor, messages: list[dict]) -> str:
 
 # --- the round: Find → Fix → Reason ---
 def find_fix_reason(
-    student: Student, questions: list[Question], num_rollouts: int, teacher: Teacher | None,
+    student: Student, questions: list[Question], num_rollouts: int, teacher: Callable | None,
     kappa: float, lam: float, seed: tuple,
 ) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
 
-    `teacher` None is plain GRPO. `seed` names the round: a rollout's randomness is derived from it,
-    the sample and its place in the group, so no rollout depends on what becomes of another.
-    """
+    `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
+    `seed` names the round: a rollout's randomness comes from it, the sample and its place in the
+    group, so no rollout depends on what becomes of another."""
     model, sampling, synced = student.model, student.sampling, student.synced
     # τ_i ~ π_old(· | x), i = 1 … G
     asked = [(question, i) for question in questions for i in range(num_rollouts)]
@@ -258,40 +250,66 @@ def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
 
 
-# --- what a person sees of a repair ---
-def describe_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> list[tuple]:
-    """A repaired rollout as (heading, text) sections, in the order of the method."""
+# --- what is measured and shown of a round ---
+def describe(r: Rollout) -> dict:
+    """A chosen rollout in the numbers that `summarize` works on."""
+    return {
+        "failure": not r.first.score.correct, "intervention": r.failed is not None,
+        "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
+        "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
+        "refused": len(r.patch.refusals) if r.patch else 0, "cause": r.error and r.error.cause,
+        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
+    }
+
+
+def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
+    """A step's metrics (README, metric glossary) from every rollout and every process's update."""
+
+    def mean(names: str, among: list[dict]) -> dict:
+        return {k: sum(row[k] for row in among) / max(len(among), 1) for k in names.split()}
+
+    metrics = mean("failure intervention reward format truncated length", rows)
+    metrics |= mean("fix align", [row for row in rows if row["intervention"]])
+    metrics |= {name: sum(row[name] for row in rows) for name in ("sampled_tokens", "refused")}
+    for name in updates[0]:
+        largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
+        metrics[name] = (max if largest else sum)(update[name] for update in updates)
+    causes = Counter(row["cause"] for row in rows if row["cause"])
+    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": causes.total()}
+    return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
+
+
+def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> tuple:
+    """A repaired rollout in the order of the method: as text, and as a picture 1,200 px wide with
+    the frames that the student saw and the patch's pictures."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
-    evidence = render_patch(patch, question.video, question.spacing)[0]["text"].strip()
+    evidence, *parts = render_patch(patch, question.video, question.spacing)
+    verdict = "right" if s.correct else "wrong"
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
     if lam * s.correct * rollout.align:
         reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
+    seconds = map(question.video.seconds, question.indices)
+    seen = [(frame, f"{time:.1f} s") for time, frame in zip(seconds, question.frames)]
+    given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
-    return [
-        (f"Question ({sample.problem_type})", asked),
-        ("The student sees", ""),
-        ("First answer, wrong", rollout.failed.text.strip()),
-        ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none"),
-        ("Fix: the evidence patch", evidence),
-        ("Reason: second answer, " + ("right" if s.correct else "wrong"), rollout.text.strip()),
-        ("Reward", f"{reward} = {rollout.reward:.2f}"),
+    sections = [  # heading, text, pictures and their height
+        (f"Question ({sample.problem_type})", asked, [], 0),
+        ("The student sees", "", seen, 96),
+        ("First answer, wrong", rollout.failed.text.strip(), [], 0),
+        ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", [], 0),
+        ("Fix: the evidence patch", evidence["text"].strip(), given, 220),
+        (f"Reason: second answer, {verdict}", rollout.text.strip(), [], 0),
+        ("Reward", f"{reward} = {rollout.reward:.2f}", [], 0),
     ]
-
-
-def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> Image.Image:
-    """The sections as one picture, 1,200 px wide, with the frames seen and the patch's pictures."""
     font, bold, line, edge = ImageFont.load_default(19), ImageFont.load_default(23), 26, 24
     page = Image.new("RGB", (1200, 8000), "white")
     pen, y = ImageDraw.Draw(page), edge
-
-    def write(text: str, face=font, colour="black") -> None:
-        nonlocal y
+    for heading, text, pictures, height in sections:
+        pen.text((edge, y), heading, (20, 60, 140), bold)
+        y += line + 4
         for row in [row for p in text.splitlines() for row in textwrap.wrap(p, 100)]:
-            pen.text((edge, y), row, colour, face)
+            pen.text((edge, y), row, "black", font)
             y += line
-
-    def show(pictures: list[tuple[Image.Image, str]], height: int) -> None:
-        nonlocal y
         x = edge
         for image, label in pictures:
             size = (max(1, round(image.width * height / image.height)), height)
@@ -301,18 +319,6 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
             page.paste(image.convert("RGB").resize(size), (x, y))
             pen.text((x, y + height + 2), label, "gray", font)
             x += room
-        y += height + line + 8
-
-    seconds = map(question.video.seconds, question.indices)
-    seen = [(frame, f"{time:.1f} s") for time, frame in zip(seconds, question.frames)]
-    parts = render_patch(rollout.patch, question.video, question.spacing)[1:]
-    given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
-    for heading, text in describe_repair(question, rollout, kappa, lam):
-        write(heading, bold, (20, 60, 140))
-        write(text)
-        if heading == "The student sees":
-            show(seen, 96)
-        if heading.startswith("Fix") and given:
-            show(given, 220)
-        y += 14
-    return page.crop((0, 0, page.width, y))
+        y += (height + line + 8 if pictures else 0) + 12
+    text = "\n\n".join(f"{heading}\n{body}" for heading, body, *_ in sections)
+    return text + "\n", page.crop((0, 0, page.width, y))

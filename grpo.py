@@ -6,7 +6,7 @@
 
 Sources: GRPO (DeepSeekMath), FFR eq. J(θ) and Table 8, Dr. GRPO (`scale="none"`). A prompt is the
 dict of tensors that a processor returns for one conversation: some are (1, L) like `input_ids`, the
-others (pixels, grids) have rows of their own. This file imports no sibling.
+others (pixels, grids) have rows of their own. Imports no sibling.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from transformers import GenerationConfig, LogitsProcessor
 @dataclass
 class Sampling:
     """How completions are sampled, and so how they are scored. `temperature` 0 is greedy."""
-
     temperature: float = 1.0
     top_p: float = 0.95
     max_tokens: int = 1024
@@ -28,10 +27,20 @@ class Sampling:
     suppressed_ids: tuple[int, ...] = ()  # never sampled: a vision id would claim missing pixels
 
 
+def sampling_for(model, processor, temperature: float, top_p: float, max_tokens: int) -> Sampling:
+    """`Sampling` with a checkpoint's own ids. Each EOS ends; vision and padding are suppressed."""
+    tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
+    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
+    vision = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    never = tuple(sorted((vision | {pad}) - eos - {None}))
+    return Sampling(temperature, top_p, max_tokens, tuple(sorted(eos)), pad, never)
+
+
 @dataclass
 class Completion:
     """Sampled tokens (T,), their log-probs (T,) as sampled, and whether an EOS ended them."""
-
     ids: Tensor
     logps: Tensor
     finished: bool
@@ -52,11 +61,9 @@ def stack_prompts(prompts: list[dict], pad_id: int) -> dict:
 
 
 def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits (…, V) that define π: fp32, at the sampling temperature, suppressed ids masked.
-
-    Sampling and scoring (π_θ, π_old, π_ref) all go through here. Top-p is left out: it truncates
-    what is sampled, while r_t is of the full softmax, as usual (at top_p = 1 both are the same).
-    """
+    """The logits (…, V) that define π, when sampling and scoring (π_θ, π_old, π_ref): fp32, at the
+    sampling temperature, suppressed ids masked. Top-p is left out: it truncates what is sampled,
+    while r_t is of the full softmax, as usual (at top_p = 1 both are the same)."""
     logits = logits.float() / (sampling.temperature or 1.0)
     if sampling.suppressed_ids:
         logits[..., list(sampling.suppressed_ids)] = -torch.inf
@@ -65,10 +72,8 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 class _OwnNoise(LogitsProcessor):
     """Sample each row by Gumbel-max from its own generator, and keep the chosen tokens' log-probs.
-
-    A rollout's randomness thus belongs to the rollout, not to the batch it happens to stand in:
-    leaving a row out, or sharing rows among processes, changes nothing for the others.
-    """
+    A rollout's randomness is thus its own, not the batch's: leaving a row out, or sharing rows
+    among processes, changes nothing for the others."""
 
     def __init__(self, seeds: list[int], sampling: Sampling, device: torch.device):
         self.sampling, self.logps = sampling, []
@@ -100,8 +105,7 @@ def generate(
 
     `model` is unwrapped (DDP has no `generate`); `seeds` has one entry per completion. `synced`
     (sharded parameters): step until every rank is done. The checkpoint's own `generation_config`
-    plays no part. A prompt's video is encoded once for all its rollouts.
-    """
+    plays no part. A prompt's video is encoded once for all its rollouts."""
     batch = stack_prompts(prompts, sampling.pad_id)
     noise = _OwnNoise(seeds, sampling, batch["input_ids"].device)
     was_training, own_config = model.training, model.generation_config
@@ -131,10 +135,8 @@ def generate(
 def token_logps(
     model, prompts: list[dict], ids: list[Tensor], sampling: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of completions under their prompts: `logps, entropy, mask`, each (B, T) fp32.
-
-    `mask` is 1 on completion tokens, 0 on padding. Only the completion's logits are computed.
-    """
+    """Log-probs of completions under their prompts: `logps, entropy, mask`, each (B, T) fp32. The
+    mask is 1 on completion tokens, 0 on padding. Only the completion's logits are computed."""
     batch = stack_prompts(prompts, sampling.pad_id)
     tokens = torch.nn.utils.rnn.pad_sequence(ids, True, sampling.pad_id)  # (B, T)
     lengths = torch.tensor([len(row) for row in ids], device=tokens.device)
@@ -152,11 +154,9 @@ def token_logps(
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
-    """A_i = (R̃_i − mean) / std over each group. `rewards` (prompts, G) → the same shape.
-
-    `scale`: "group" divides by the group's own std (FFR, GRPO); "batch" by `batch_std`, the std of
-    all rollouts of the optimizer step; "none" not at all (Dr. GRPO).
-    """
+    """A_i = (R̃_i − mean) / std over each group; `rewards` (prompts, G) → the same shape. `scale`:
+    "group" divides by the group's own std (FFR, GRPO), "batch" by `batch_std`, of all rollouts of
+    the optimizer step, "none" not at all (Dr. GRPO)."""
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
         return centred
@@ -171,9 +171,8 @@ def grpo_loss(
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
 
     logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
-    step's rollouts on all ranks, so that parts add up to the token mean.
-    KL is the k3 estimate e^d − d − 1, d = log π_ref − log π_θ (its gradient is KL(π_ref ‖ π_θ)'s).
-    """
+    step's rollouts on all ranks, so that parts add up to the token mean. KL is the k3 estimate
+    e^d − d − 1, d = log π_ref − log π_θ (whose gradient is that of KL(π_ref ‖ π_θ))."""
     ratio = (logps - old_logps).exp()  # r_t
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # CLIP
@@ -192,12 +191,10 @@ def update(
     """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
 
     `model` and `optimizer` are the accelerator's. `weights`: 1, or 0 for a row that only keeps the
-    processes in step; `total_tokens` counts those of weight 1 on all processes. `stand_in` (sharded
-    parameters): a prompt of every modality, added with weight 0, so that all ranks make the same
-    calls. Returns this process's part of `loss` and of the token means `entropy`, `kl`, `clipped`
-    (parts add up over processes), `grad_norm`, and `logp_gap`, the most that a token's log-prob as
-    sampled and as scored differ.
-    """
+    processes in step; `total_tokens` counts those of weight 1 on all. `stand_in` (sharded
+    parameters): a prompt of every modality, added with weight 0, so that ranks make equal calls.
+    Returns this process's parts, to be summed, of `loss` and the token means `entropy`, `kl`,
+    `clipped`; `grad_norm`; and `logp_gap`, the most that log-probs sampled and scored differ."""
     ids = [completion.ids for completion in completions]
     if stand_in is not None:
         prompts, ids = [*prompts, stand_in], [*ids, ids[0][:1]]
@@ -211,9 +208,7 @@ def update(
         if reference is not None and ref_logps is None:
             with torch.no_grad():
                 ref_logps = token_logps(reference, prompts, ids, sampling)[0]
-        loss = grpo_loss(
-            logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon, beta
-        )
+        loss = grpo_loss(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon, beta)
         # Parts over the global token count are to be summed; DDP averages over processes.
         accelerator.backward(loss * accelerator.num_processes)
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)

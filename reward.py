@@ -6,8 +6,8 @@
     align  does the rationale cite the patch's moments (ours)    `alignment`
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
 
-Sources: FFR eq. R̃ and app. D.3 (rewards by type, those of Video-R1); when a graded answer counts as
-failed, and the alignment term, are ours. Standard library only; imports no sibling.
+Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1); ours: alignment, and when a graded answer
+counts as failed. Standard library only; imports no sibling.
 """
 
 import math
@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 class Score(NamedTuple):
     """What a response earned before any tax: R(τ), R_fmt(τ) and z."""
-
     accuracy: float
     format: float
     correct: bool
@@ -41,8 +40,8 @@ def format_reward(response: str) -> float:
 
 
 def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
-    """R in [0, 1]: exact letter · equal to 2 decimals · 1 − WER · mean ROUGE-1/2/L F1 · 1 − relative
-    error · equal normalised strings (`exact`, ours). Raises ValueError for an unknown type."""
+    """R in [0, 1]: same letter · equal to 2 decimals · 1 − WER · mean ROUGE-1/2/L F1 · 1 − relative
+    error · equal normalised strings (ours). Raises ValueError for another type."""
     if problem_type == "multiple choice":
         return float(_letter(given) is not None and _letter(given) == _letter(answer))
     if problem_type == "numerical":
@@ -60,7 +59,7 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
 
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
-    """z: R = 1, but for two graded types a threshold (ours), since R = 1 is next to never reached."""
+    """z: R = 1; for two graded types a threshold (ours), as they next to never reach 1."""
     if problem_type == "free-form":
         return rouge_l(given, answer) >= 0.5
     if problem_type == "regression":
@@ -143,28 +142,24 @@ def cited_moments(rationale: str) -> list[tuple[float, float]]:
 
 
 def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
-    """F1 between the moments that the rationale (`<think>`) cites and the patch's spans, in [0, 1].
+    """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
+    Ours. In seconds, as `tolerance`, half the student's frame spacing. Precision is the part of the
+    cited time that lies in a span, so citing everything does not win; recall, of spans cited."""
 
-    `spans` and `tolerance` (half the student's frame spacing) are in seconds. Precision is the part
-    of the cited time that lies in a span, so citing everything does not win; recall the share of
-    spans cited. Ours: the paper names the goal, "rationales that reflect the cited evidence".
-    """
+    def inside(moment: tuple[float, float], span: tuple[float, float]) -> float:
+        overlap = min(moment[1], span[1]) - max(moment[0], span[0])
+        length = moment[1] - moment[0]  # 0: a point
+        return max(0.0, overlap / length) if length else float(overlap >= 0)
+
     rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
     cited = cited_moments(rationale[1]) if rationale else []
     wide = [(start - tolerance, end + tolerance) for start, end in spans]
     if not cited or not wide:
         return 0.0
-    inside = [[_inside(moment, span) for span in wide] for moment in cited]
-    precision = sum(map(max, inside)) / len(cited)
-    recall = sum(max(column) > 0 for column in zip(*inside)) / len(wide)
+    shares = [[inside(moment, span) for span in wide] for moment in cited]
+    precision = sum(map(max, shares)) / len(cited)
+    recall = sum(max(column) > 0 for column in zip(*shares)) / len(wide)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _inside(moment: tuple[float, float], span: tuple[float, float]) -> float:
-    """The part of a moment, a point or an interval, that lies in a span."""
-    overlap = min(moment[1], span[1]) - max(moment[0], span[0])
-    length = moment[1] - moment[0]
-    return max(0.0, overlap / length) if length else float(overlap >= 0)
 
 
 def robust_improvement_reward(
@@ -172,9 +167,8 @@ def robust_improvement_reward(
 ) -> float:
     """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
 
-    FFR eq. R̃; the λ term is ours and λ = 0 is the printed equation. `repaired` is None where no
-    patch was delivered: the failed rollout then keeps its plain reward, untaxed.
-    """
+    FFR eq. R̃, but for the λ term (ours). `repaired` is None where no patch was delivered: the
+    failed rollout then keeps its plain reward, untaxed."""
     if first.correct or repaired is None:
         return first.accuracy + first.format
     return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align

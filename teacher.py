@@ -1,18 +1,14 @@
 """The frozen, tool-using teacher T: it finds what a failed rollout missed and returns a patch.
 
     S_i = (x, y, τ_i)   `Case`            T        `diagnose` around a *brain*
-    c_i                 `EvidencePatch`   brain    `chat(conversations) -> replies`
-    e_i                 `error_type`      tools    `run_tool`, on the original video
+    c_i, e_i            `EvidencePatch`   brain    `chat(conversations) -> replies`, `Chat`
 
-A brain is any function from conversations to as many replies; a conversation is a list of chat
-messages whose parts are texts or Pillow images. All share the prompt, tool loop, leak gate and
-limits: `scripted` (looks the truth up), `local` (a transformers VLM). Sources: FFR §Find, §Fix,
-app. B. This file imports no sibling.
+A brain gets conversations, lists of chat messages whose parts are texts or Pillow images, and
+gives as many replies. All share prompt, tools, leak gate and limits: `scripted` looks the truth
+up, `local` is a transformers VLM. Sources: FFR §Find, §Fix, app. B. Imports no sibling.
 """
 
 import json
-import math
-import queue
 import re
 import threading
 from collections.abc import Callable
@@ -31,18 +27,15 @@ TIME = r"\b(when|(which|what) (time|second|minute|moment)|how long)\b"  # questi
 
 class Clip(Protocol):
     """What the tools need of a video. Frames are original indices; seconds are index / fps."""
-
     fps: float
 
     def __len__(self) -> int: ...
-
     def frame(self, index: int) -> Image.Image: ...
 
 
 @dataclass
 class Case:
     """S_i: one failed rollout's question x, reference y and response τ_i."""
-
     id: str
     question: str
     options: list[str]
@@ -60,7 +53,6 @@ class Region(NamedTuple):
 @dataclass
 class EvidencePatch:
     """c: what the student is shown besides the unchanged question. Frames are original indices."""
-
     error_type: str
     guidance: str = ""
     key_frames: list[int] = field(default_factory=list)
@@ -92,28 +84,22 @@ class Reply(NamedTuple):
 
 Chat = Callable[[list[list[dict]]], list[Reply | TeacherError]]
 
-# --- the prompt ---
 SYSTEM = """\
 A student model answered a question about a video wrongly. You can look at the video. Find the one
 thing it missed, and hand back the smallest piece of evidence from the video that lets it see that.
-The student answers again itself: you never answer for it.
-
-Name the error:
+The student answers again itself: you never answer for it. The error is one of
 - temporal: it looked at the wrong moment, missed one, or mixed up the order of events
 - spatial: it looked at the right moment but missed or misread an object, a place, a detail
 - misconception: it saw the right thing but misunderstood the question or reasoned wrongly
-
 Look before you judge. To use a tool, write a line (frames are counted from 0, boxes lie in 0-1):
 TOOL_CALL: get_frame(frame_index)
 TOOL_CALL: zoom_region(frame_index, x1, y1, x2, y2)
 TOOL_CALL: get_temporal_segment(start_frame, end_frame, stride=1)
-
 When you know, reply with exactly this and no tool call:
-<think>your diagnosis</think><answer>{"error_classification": "temporal",
-"evidence_patch": {"content": "what to look for, one or two sentences", "key_frames": [12],
-"temporal_markers": [[10, 14]],
-"spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "the left hand"}]}}</answer>
-
+<think>your diagnosis</think><answer>{"error_classification": "temporal", "evidence_patch":
+{"content": "what to look for, one or two sentences", "key_frames": [12], "temporal_markers":
+[[10, 14]], "spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "a hand"}]}}
+</answer>
 The content directs attention, it never tells the result:
 - what colour, object or text: say where or when to look, not what is there
 - is it there, how many: say which moments to go through, neither yes or no nor a number
@@ -152,19 +138,13 @@ def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
 
 
 # --- the tools ---
-TOOLS = {
-    "get_frame": ("frame_index",),
-    "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
-    "get_temporal_segment": ("start_frame", "end_frame", "stride"),
-}
+TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
+         "get_temporal_segment": ("start_frame", "end_frame", "stride")}
 
 
 def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
-    """Execute one tool call on the original video; returns chat parts (labels and images).
-
-    The arguments are parsed as numbers, never evaluated. Raises ValueError with a sentence for the
-    teacher where the call cannot be carried out; the loop hands that sentence back to it.
-    """
+    """Execute a tool call on the original video; returns labels and images as chat parts. Arguments
+    are read as numbers, never evaluated. Raises ValueError, a sentence for the teacher."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
     names, values = TOOLS[name], {"stride": 1} if name == "get_temporal_segment" else {}
@@ -177,27 +157,20 @@ def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
         box = _box([values[corner] for corner in names[1:]]) if name == "zoom_region" else None
         return _picture(video, _index(values["frame_index"], video), box)
     start, end = _index(values["start_frame"], video), _index(values["end_frame"], video)
-    indices = range(start, end + 1, max(1, int(_number(values["stride"]))))
+    indices = range(start, end + 1, max(1, _index(values["stride"], video)))
     if not 0 < len(indices) <= MAX_SEGMENT:
         raise ValueError(f"that is {len(indices)} frames; ask for 1 to {MAX_SEGMENT}, use stride")
     return [part for index in indices for part in _picture(video, index)]
 
 
-def _number(value) -> float:
-    number = float(value)  # ValueError or TypeError: no number
-    if not math.isfinite(number):
-        raise ValueError(f"{value} is no finite number")
-    return number
-
-
 def _index(value, video: Clip) -> int:
-    if not 0 <= _number(value) < len(video):
+    if not 0 <= float(value) < len(video):  # nan and inf too; ValueError, TypeError: no number
         raise ValueError(f"there is no frame {value}, only 0 to {len(video) - 1}")
-    return int(_number(value))
+    return int(float(value))
 
 
 def _box(values) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = map(_number, values)
+    x1, y1, x2, y2 = map(float, values)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
         raise ValueError(f"the box {values} needs 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
     return x1, y1, x2, y2
@@ -238,12 +211,11 @@ def parse_patch(text: str, case: Case) -> EvidencePatch:
     return patch
 
 
-# --- the leak gate ---
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def leak(patch: EvidencePatch, case: Case) -> str | None:
-    """Why the patch's words give the answer away, or None. Knows y whether or not T was shown it."""
+    """Why the patch's words give the answer away, or None. Knows y even where T is not shown it."""
     words = " ".join([patch.guidance, *(region.what for region in patch.regions)])
     answers = {_plain(case.answer)}
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", case.answer.strip())
@@ -252,9 +224,8 @@ def leak(patch: EvidencePatch, case: Case) -> str | None:
             return "it names the option"
         own = [o for o in case.options if re.match(rf"\W*{letter[1]}\b", o, re.I)]
         answers = {_plain(re.sub(r"^\W*\w\W+", "", option)) for option in own}
-    for number, word in enumerate(NUMBERS):
-        if answers & {str(number), word}:
-            answers |= {str(number), word}
+    for pair in ({str(number), word} for number, word in enumerate(NUMBERS)):
+        answers |= pair if answers & pair else set()
     if re.search(r"\b(correct|right) (answer|option|choice)\b|\banswer is\b", words, re.I):
         return "it speaks of the answer"
     if any(f" {answer} " in f" {_plain(words)} " for answer in answers):
@@ -273,13 +244,11 @@ def diagnose(
     cases: list[Case], chat: Chat, show_answer: bool = True, num_frames: int = 16,
     timeout: float | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """Run the tool loop for all cases together: one `chat` call per turn for those still open.
+    """Run the tool loop for all cases together, one `chat` call per turn for those still open.
 
-    A turn either calls tools, whose pictures are handed back, or closes with the JSON. A patch that
-    leaks is asked for once more with the reason, then reduced to its frames, times and regions.
-    Whatever goes wrong with a case becomes its `TeacherError`; a brain that raises, or is silent
-    for `timeout` seconds, fails the cases open at that turn.
-    """
+    A turn calls tools, whose pictures are handed back, or closes with the JSON. A patch that leaks
+    is asked for once more with the reason, then reduced to its frames, times and regions. Whatever
+    goes wrong with a case becomes its `TeacherError`, `timeout` seconds of silence too."""
     results, talks, drafts = {}, {}, [EvidencePatch("") for _ in cases]
     for i, case in enumerate(cases):
         try:
@@ -330,27 +299,25 @@ def _turn(text: str, case: Case, draft: EvidencePatch) -> EvidencePatch | list[d
         patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
         if not (patch.key_frames or patch.spans or patch.regions):
             raise TeacherError("leak", reason)
-    return replace(
-        patch, transcript=draft.transcript, refusals=draft.refusals, tokens=draft.tokens
-    )
+    return replace(patch, transcript=draft.transcript, refusals=draft.refusals, tokens=draft.tokens)
 
 
-def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list[Reply | TeacherError]:
-    """Call the brain in a thread, so that one that hangs costs no more than `timeout`."""
-    answered = queue.Queue()
+def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list:
+    """Call the brain in a thread, so that one that hangs costs no more than `timeout` seconds."""
+    replies = []
 
     def call():
         try:
-            answered.put(chat(talks))
+            replies.extend(chat(talks))
         except Exception as error:  # whatever a brain raises costs its cases, never the run
-            answered.put([TeacherError("raised", f"{type(error).__name__}: {error}")] * len(talks))
+            replies[:] = [TeacherError("raised", f"{type(error).__name__}: {error}")] * len(talks)
 
-    threading.Thread(target=call, daemon=True).start()
-    try:
-        replies = answered.get(timeout=timeout)
-    except queue.Empty:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
         return [TeacherError("timeout", f"no reply within {timeout} s")] * len(talks)
-    if not isinstance(replies, list) or len(replies) != len(talks):
+    if len(replies) != len(talks):
         return [TeacherError("protocol", "not one reply per conversation")] * len(talks)
     return replies
 
@@ -359,10 +326,8 @@ def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list[Rep
 def scripted(truths: dict[str, list[dict]]) -> Chat:
     """A brain without a model: it looks the evidence up by case id, but speaks the whole protocol.
 
-    `truths[id]` is a list of evidence records (`error_type`, `key_frames`, `region`, and optionally
-    `moment`, `guidance`, `cites`). The first whose `cites` the response lacks is what went wrong;
-    without such a one, the last.
-    """
+    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
+    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
 
     def reply(talk: list[dict]) -> Reply | TeacherError:
         opening = talk[1]["content"][0]["text"]
@@ -378,12 +343,10 @@ def scripted(truths: dict[str, list[dict]]) -> Chat:
             if region:
                 calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
             return Reply("<think>What is to be seen there?</think>\n" + "\n".join(calls))
-        patch = {
-            "content": evidence.get("guidance", ""),
-            "key_frames": frames,
-            "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
-            "spatial_regions": [{"frame": frames[0], "box": region}] if region else [],
-        }
+        moment = evidence.get("moment", [min(frames), max(frames)])
+        regions = [{"frame": frames[0], "box": region}] if region else []
+        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
+                 "temporal_markers": [moment], "spatial_regions": regions}
         body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
         return Reply(f"<think>Found.</think><answer>{json.dumps(body)}</answer>")
 
@@ -395,15 +358,15 @@ def local(model, processor, max_tokens: int = 1024) -> Chat:
 
     @torch.no_grad()
     def chat(talks: list[list[dict]]) -> list[Reply | TeacherError]:
-        template, tokenizer = {"tokenize": False, "add_generation_prompt": True}, processor.tokenizer
-        texts = [processor.apply_chat_template(talk, **template) for talk in talks]
+        tokenizer, render = processor.tokenizer, processor.apply_chat_template
+        texts = [render(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
         parts = [part for talk in talks for message in talk for part in message["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
         tokenizer.padding_side = "left"
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        out = model.generate(
-            **inputs.to(model.device), max_new_tokens=max_tokens, do_sample=False
-        )[:, inputs["input_ids"].shape[1] :]
+        inputs = inputs.to(model.device)
+        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        out = out[:, inputs["input_ids"].shape[1] :]
         used = (out != tokenizer.pad_token_id).sum(1).tolist()
         return [*map(Reply, tokenizer.batch_decode(out, skip_special_tokens=True), used)]
 

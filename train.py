@@ -13,9 +13,9 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -40,7 +40,6 @@ def setting(default, text: str):
 @dataclass
 class Config:
     """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
-
     model: str = setting("", "student: folder or hub name of a video VLM; empty: tiny mode")
     data: str = setting("", "training records, .json or .jsonl in Video-R1's format")
     video_root: str = setting("", "folder the records' paths start from; empty: the file's own")
@@ -87,10 +86,10 @@ class Config:
 TINY = {
     "out": "runs/tiny", "prompt": "{question}", "frame_pixels": 1024, "picture_pixels": 1024,
     "max_completion_length": 16, "learning_rate": 3e-4, "beta": 0.0, "lam": 0.1,
-    "questions_per_device": 8, "max_steps": 120,
+    "questions_per_device": 8, "max_steps": 130,
 }
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
-COLD_CUE, COLD_RELATION = 0.1, 0.8  # how often the cold start's answers are right beyond chance
+COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
 SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
 
 
@@ -114,7 +113,6 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
-# --- student and teacher ---
 def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
     """Model and processor from a folder or the hub. Weights are fp32: bf16 weights would round
     updates of 5e-6 away (for speed, `accelerate launch --mixed_precision bf16`)."""
@@ -124,27 +122,20 @@ def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {name}: no processor loads from there ({error})") from error
     if not hasattr(processor, "video_processor") or not processor.chat_template:
-        raise SystemExit(f"train.py: {name}: its processor lacks a video processor or a chat "
-                         "template; complete the folder with processor.save_pretrained")
+        raise SystemExit(f"train.py: {name}: no video processor or chat template; save them there")
     hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     if ffr.render_chat(processor, hello).rstrip().endswith("<think>"):
         raise SystemExit(f"train.py: {name}: its chat template opens <think> itself, so the format "
-                         "reward would be 0 for ever; use a template that leaves that to the model")
+                         "reward would be 0 for ever; take that out of the template")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
-    tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
-    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    parts = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
-    vision = {getattr(owner, part, None) for owner in (model.config, processor) for part in parts}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = grpo.Sampling(
-        config.temperature, config.top_p, config.max_completion_length, tuple(sorted(eos)), pad,
-        tuple(sorted((vision | {pad}) - eos - {None})),
+    sampling = grpo.sampling_for(
+        model, processor, config.temperature, config.top_p, config.max_completion_length
     )
     synced = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     return ffr.Student(model.to(accelerator.device), processor, sampling, config, synced)
 
 
-def load_teacher(config: Config, samples: list[data.Sample], device) -> ffr.Teacher | None:
+def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable | None:
     """The brain that the settings name, inside the protocol of teacher.py."""
     if config.method == "grpo":
         return None
@@ -185,8 +176,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
                                      config.kappa, config.lam, (config.seed, step))
         rollouts = [rollout for group in groups for rollout in group]
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
-        rows = gather_object([describe(r) for r, w in zip(rollouts, weights) if w])  # everyone's
-        # A_i within each group; the batch's std is over all processes
+        rows = gather_object([ffr.describe(r) for r, w in zip(rollouts, weights) if w])
+        # A_i within each group; the rows, and so the batch's std, are of all processes
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
         batch_std = torch.tensor([row["reward"] for row in rows]).std()
         advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std)
@@ -204,7 +195,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
                     "skipped": weights.count(0.0) / config.num_rollouts,
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
-        metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
+        metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
         accelerator.log(metrics, step=step + 1)
         if accelerator.is_main_process:
@@ -222,7 +213,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
 
 
 def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, less its last partial step."""
+    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
     count = config.questions_per_device
     epoch, k = divmod(step, len(samples) // (count * accelerator.num_processes))
     shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
@@ -244,72 +235,47 @@ def open_questions(student, samples, spare) -> list[ffr.Question]:
     return questions
 
 
-def describe(r: ffr.Rollout) -> dict:
-    """A chosen rollout in the numbers that `summarize` averages."""
-    return {
-        "failure": not r.first.score.correct, "intervention": r.failed is not None,
-        "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
-        "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
-        "refused": len(r.patch.refusals) if r.patch else 0, "cause": r.error and r.error.cause,
-        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
-    }
-
-
-def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-    patched, metrics = [row for row in rows if row["intervention"]], {}
-    for name in ("failure", "intervention", "reward", "format", "truncated", "length"):
-        metrics[name] = sum(row[name] for row in rows) / max(len(rows), 1)
-    for name in ("fix", "align"):
-        metrics[name] = sum(row[name] for row in patched) / max(len(patched), 1)
-    metrics |= {name: sum(row[name] for row in rows) for name in ("sampled_tokens", "refused")}
-    for name in updates[0]:
-        largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
-        metrics[name] = (max if largest else sum)(update[name] for update in updates)
-    causes = Counter(row["cause"] for row in rows if row["cause"])
-    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": causes.total()}
-    return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
-
-
-def evaluate(accelerator, student, samples, teach, spare) -> dict[str, float | None]:
+def evaluate(accelerator, student, samples, teach, spare) -> dict[str, float]:
     """Greedy accuracy on held-out records: unaided, and with the teacher's help where it failed."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    processes, totals = accelerator.num_processes, Counter()
+    processes, rows = accelerator.num_processes, []
     mine = samples[accelerator.process_index :: processes]
     for start in range(0, -(-len(samples) // processes), EVALUATED):
         questions = open_questions(student, mine[start : start + EVALUATED], spare)
         questions = questions or [replace(spare, counts=False)]  # to keep in step
         groups = ffr.find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
-        for rollout in (group[0] for group, q in zip(groups, questions) if q.counts):
-            right = rollout.first.score.correct
-            totals.update(n=1, unaided=right, assisted=rollout.score.correct)
-    total = sum(gather_object([totals]), Counter())
-    return {k: total[k] / total["n"] if total["n"] else None for k in ("unaided", "assisted")}
+        rows += [ffr.describe(group[0]) for group, q in zip(groups, questions) if q.counts]
+    right = [(not row["failure"], row["fix"]) for row in gather_object(rows)]
+    return dict(zip(("unaided", "assisted"), (sum(r) / len(r) for r in zip(*right))))
 
 
 def show_repair(config: Config, questions, groups, step: int) -> bool:
     """Write the step's first repair that came out right, as text and as a picture."""
-    repairs = [(q, r) for q, group in zip(questions, groups) for r in group if r.failed]
-    for question, rollout in [(q, r) for q, r in repairs if r.score.correct][:1]:
+    pairs = [(q, r) for q, group in zip(questions, groups) for r in group]
+    for question, rollout in [(q, r) for q, r in pairs if r.failed and r.score.correct][:1]:
         safe = re.sub(r"[^\w-]", "_", question.sample.id)
         file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
-        sections = ffr.describe_repair(question, rollout, config.kappa, config.lam)
-        text = "\n\n".join(f"{heading}\n{body}" for heading, body in sections)
-        file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-        ffr.draw_repair(question, rollout, config.kappa, config.lam).save(file)
+        text, picture = ffr.draw_repair(question, rollout, config.kappa, config.lam)
+        file.with_suffix(".txt").write_text(text, encoding="utf-8")
+        picture.save(file)
         return True
     return False
 
 
 # --- tiny mode ---
-def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample], teach) -> None:
-    """Supervised start of the tiny student on a curriculum; mediocre on purpose.
+def cold_start(config: Config, accelerator: Accelerator) -> None:
+    """Write tiny mode's videos, and its student after a supervised start, mediocre on purpose.
 
     Captions of 2, then 4, then all moments teach to read a moment that is cited; answers teach the
-    form of a rationale and to follow a patch. Without a patch the flash they cite is mostly a guess
-    (right with 0.1 + chance), the relation a weak habit: these are left to learn from reward.
-    """
-    rng, encode = random.Random(config.seed), student.processor.tokenizer
+    form of a rationale and to follow a patch. Without one the flash they cite is mostly a guess
+    (right with COLD_CUE + chance): that, above all, is left to learn from reward."""
+    for name, (count, seed) in NEEDLES.items():
+        data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
+    samples = data.load_samples(f"{config.out}/cold/records.jsonl")
+    data.tiny_student(config.model, samples, config.seed)
+    student = load_student(config, accelerator)
+    teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
+    rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
     cues = sorted({s.truth["cue"] for s in samples})
     relations = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
 
@@ -332,8 +298,7 @@ def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample],
             view = [frame for m in shown for frame in data.moment_frames(m)]
             told = replace(sample, question=data.CAPTION)
             part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
-            prompt = ffr.encode(student, part)
-            lessons[moments].append((prompt, partial(caption, truth, shown)))
+            lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
         error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
         (patch,) = teach([ffr.case_of(x, data.needle_rationale(truth, *error))])
         known = 1.0 if error == (cue, look) else COLD_RELATION
@@ -346,8 +311,8 @@ def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample],
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
         moments = moments if part < 0.62 or rng.random() < 0.2 else 0
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
-        texts = [writer() + student.processor.tokenizer.eos_token for writer in writers]
-        ids = [torch.tensor(encode(text)["input_ids"]) for text in texts]
+        texts = [writer() + tokenizer.eos_token for writer in writers]
+        ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
         logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
@@ -356,17 +321,6 @@ def cold_start(config: Config, student: ffr.Student, samples: list[data.Sample],
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.2f}")
-
-
-def make_tiny(config: Config, accelerator) -> None:
-    """Write tiny mode's videos, and its student after the cold start, into `config.out`."""
-    for name, (count, seed) in NEEDLES.items():
-        data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
-    samples = data.load_samples(f"{config.out}/cold/records.jsonl")
-    data.tiny_student(config.model, samples, config.seed)
-    student = load_student(config, accelerator)
-    teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
-    cold_start(config, student, samples, teach)
     student.model.save_pretrained(config.model)
 
 
@@ -378,7 +332,6 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
     accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.out)
-    set_seed(config.seed)
     if accelerator.device.type == "cpu":  # the launchers leave one thread to each process
         torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
     if accelerator.is_main_process:
@@ -386,20 +339,20 @@ def main() -> None:
         Path(config.out, "repairs").mkdir(parents=True)
         Path(config.out, "metrics.jsonl").write_text("")
     if not config.model:
-        ours = [f"{f.name} {getattr(config, f.name)} ({f.default})"
-                for f in fields(config) if f.name in set(TINY) - {"out", "prompt"}]
-        text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours)}."
+        ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
+        text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
         accelerator.print(textwrap.fill(text, 79))
         train_file, eval_file = (f"{config.out}/{k}/records.jsonl" for k in ("train", "held_out"))
         model = f"{config.out}/cold_start"
         config = replace(config, model=model, data=train_file, eval_data=eval_file)
         if accelerator.is_main_process:
-            make_tiny(config, accelerator)
+            cold_start(config, accelerator)
         accelerator.wait_for_everyone()
     try:
         samples = data.load_samples(config.data, config.video_root)
         held_out = config.eval_data and data.load_samples(config.eval_data, config.video_root) or []
-        data.check_videos(samples + held_out)
+        for path in dict.fromkeys(sample.path for sample in samples + held_out):
+            data.Video(path)  # raises where the file is no video
         student = load_student(config, accelerator)
         teach = load_teacher(config, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
@@ -420,17 +373,18 @@ def main() -> None:
 def report(config: Config, history, before, after, seconds: float, processes: int) -> None:
     """Write summary.json and print it as a small table; thirds are of the training's steps."""
     third = max(len(history) // 3, 1)
-    first, last = history[:third], history[-third:]
-    summary = {"unaided_before": before["unaided"], "unaided_after": after["unaided"],
-               "assisted_after": after["assisted"]}
-    for name in ("failure", "intervention"):
-        for part, rows in (("first", first), ("last", last)):
-            summary[f"{name}_{part}"] = sum(row[name] for row in rows) / third
-    helped = [(row["fix"], row["intervention"]) for row in history]
-    summary["fix_rate"] = sum(f * n for f, n in helped) / max(sum(n for _, n in helped), 1e-9)
-    summary |= {"teacher_failures": sum(row["teacher_failures"] for row in history),
-                "seconds": round(seconds, 1), "seed": config.seed, "method": config.method,
-                "processes": processes}
+    thirds = {"first": history[:third], "last": history[-third:]}
+    repairs = sum(row["intervention"] for row in history)
+    summary = {
+        "unaided_before": before.get("unaided"), "unaided_after": after.get("unaided"),
+        "assisted_after": after.get("assisted"),
+        **{f"{name}_{part}": sum(row[name] for row in rows) / third
+           for name in ("failure", "intervention") for part, rows in thirds.items()},
+        "fix_rate": sum(r["fix"] * r["intervention"] for r in history) / max(repairs, 1e-9),
+        "teacher_failures": sum(row["teacher_failures"] for row in history),
+        "seconds": round(seconds, 1), "seed": config.seed, "method": config.method,
+        "processes": processes,
+    }
     Path(config.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print()
     for name, value in {**summary, "pictures": f"{config.out}/repairs/"}.items():

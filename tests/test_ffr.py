@@ -77,7 +77,7 @@ def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
     patch = EvidencePatch("spatial", "", [4], [(4, 5)], [Region(4, (0.25, 0.25, 0.75, 0.5), "it")])
     text, frame, crop = (p for p in ffr.render_patch(patch, video, 0.5) if p["type"] != "text" or
                          p["text"].startswith("\n\nEvidence"))
-    assert "Moments: <2.2 seconds>" in text["text"] and "at <2.0 seconds>: it" in text["text"]
+    assert "Moments: <2.2 seconds>" in text["text"] and "Region <2.0 seconds>: it" in text["text"]
     assert frame["image"].size == (128, 128) and crop["image"].size == (64, 32)
     assert frame["image"].getpixel((32, 40)) == (255, 0, 0)  # on the region's edge
     assert frame["image"].getpixel((5, 5)) == video.frame(4).getpixel((5, 5))
@@ -200,8 +200,9 @@ def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
 
 def test_repair_picture_shows_all_of_it(student, questions, teach):
     rollout = run(student, questions[:1], teach)[0][0]
-    headings = [heading for heading, _ in ffr.describe_repair(questions[0], rollout, 0.3, 0.1)]
-    assert [h.split(":")[0].split(",")[0] for h in headings] == [
+    text, picture = ffr.draw_repair(questions[0], rollout, 0.3, 0.1)
+    headings = [p.split("\n")[0].split(":")[0].split(",")[0] for p in text.split("\n\n")]
+    assert [h for h in headings if h] == [
         "Question (exact)", "The student sees", "First answer", "Find", "Fix", "Reason", "Reward"]
-    picture = ffr.draw_repair(questions[0], rollout, 0.3, 0.1)
+    assert f"= {rollout.reward:.2f}" in text and questions[0].sample.answer in text
     assert picture.width == 1200 and 600 < picture.height < 2400

@@ -197,7 +197,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
         diagnose([make_case()], chat, timeout=0.2)[0].cause
         for chat in (raises, hangs, lambda talks: [], lambda talks: None)
     ]
-    assert causes == ["raised", "timeout", "protocol", "protocol"] and time.time() - began < 5
+    assert causes == ["raised", "timeout", "protocol", "raised"] and time.time() - began < 5
     assert diagnose([make_case()], lambda talks: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
 
 
