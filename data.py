@@ -19,7 +19,6 @@ import decord
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 # Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
@@ -170,7 +169,6 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
 
 
 # --- needle videos: one short moment answers the question ---
-
 COLOURS = {"red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220),
            "yellow": (240, 220, 40), "cyan": (40, 210, 220), "pink": (245, 110, 200),
            "white": (250, 250, 250), "black": (9, 9, 9)}
@@ -274,6 +272,8 @@ CHAT_TEMPLATE = (
 def tiny_student(folder: str, samples: list[Sample], seed: int) -> None:
     """Save a random Qwen3-VL of 0.5 M parameters with its real processor and a tokenizer of words:
     those of the questions, of rationales and of rendered patches."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # comes with transformers
+
     texts = [CAPTION, *COLOURS, *RELATIONS.values(), *(s.question for s in samples), *WORDS]
     texts += [e["guidance"] for s in samples for e in s.truth["evidence"]]
     texts += [moment_time(m) for m in range(MOMENTS)]

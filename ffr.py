@@ -46,12 +46,12 @@ SUFFIXES = {
 
 @dataclass
 class Student:
-    """π_θ and how it sees and answers. `settings` (train.Config, or anything with these names) has
+    """π_θ and how it sees and answers. `config` (train.Config, or anything with these names) has
     prompt, num_frames, frame_pixels, picture_pixels, max_prompt_length and patch_pictures."""
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    settings: object
+    config: object
     synced: bool = False  # sharded parameters: every rank must make the same calls
 
 
@@ -95,8 +95,8 @@ def open_question(student: Student, sample: Sample) -> Question:
     """Decode the student's view of a sample and encode its prompt. Raises ValueError where the
     video does not decode (`data.DataError`) or the prompt is too long."""
     video = Video(sample.path)
-    indices = video.uniform(student.settings.num_frames)
-    frames = [fit(frame, student.settings.frame_pixels) for frame in video.frames(indices)]
+    indices = video.uniform(student.config.num_frames)
+    frames = [fit(frame, student.config.frame_pixels) for frame in video.frames(indices)]
     question = Question(sample, video, indices, frames)
     question.prompt = encode(student, question)
     return question
@@ -108,7 +108,7 @@ def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> 
     with and without a patch, so the unpatched user turn is a prefix of the patched one."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
-    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.settings.prompt)
+    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
     content = [{"type": "video"}, {"type": "text", "text": text}]
     return [{"role": "user", "content": [*content, *patch_parts]}]
 
@@ -154,10 +154,10 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
     """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt_length`
     tokens: cutting it would cut vision tokens off their pixels."""
-    parts, settings, video = [], student.settings, question.video
+    parts, config, video = [], student.config, question.video
     if patch is not None:
-        parts = render_patch(patch, video, question.spacing, settings.patch_pictures)
-    pictures = [fit(p["image"], settings.picture_pixels) for p in parts if p["type"] == "image"]
+        parts = render_patch(patch, video, question.spacing, config.patch_pictures)
+    pictures = [fit(p["image"], config.picture_pixels) for p in parts if p["type"] == "image"]
     text = render_chat(student.processor, build_messages(student, question.sample, parts))
     metadata = VideoMetadata(len(video), video.fps, duration=len(video) / video.fps,
                              frames_indices=list(question.indices))
@@ -165,7 +165,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
         text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
         do_sample_frames=False, return_tensors="pt",
     )
-    length, most = inputs["input_ids"].shape[1], settings.max_prompt_length
+    length, most = inputs["input_ids"].shape[1], config.max_prompt_length
     if length > most:
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
                          f"limit of {most}; raise --max_prompt_length or lower --num_frames")
@@ -275,7 +275,8 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
         largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
         metrics[name] = (max if largest else sum)(update[name] for update in updates)
     causes = Counter(row["cause"] for row in rows if row["cause"])
-    metrics |= {"unaided": 1 - metrics["failure"], "teacher_failures": causes.total()}
+    unaided = 1 - metrics["failure"] if rows else 0.0
+    metrics |= {"unaided": unaided, "teacher_failures": causes.total()}
     return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
 
 

@@ -179,7 +179,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         rows = gather_object([ffr.describe(r) for r, w in zip(rollouts, weights) if w])
         # A_i within each group; the rows, and so the batch's std, are of all processes
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
-        batch_std = torch.tensor([row["reward"] for row in rows]).std()
+        batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
         advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std)
         advantages = advantages.flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts

@@ -17,8 +17,8 @@ def run(student, questions, teach, kappa=0.3, lam=0.1, rollouts=3):
     return ffr.find_fix_reason(student, questions, rollouts, teach, kappa, lam, SEED)
 
 
-def with_settings(student, **changes):
-    return replace(student, settings=replace(student.settings, **changes))
+def with_config(student, **changes):
+    return replace(student, config=replace(student.config, **changes))
 
 
 def flat(groups):
@@ -67,7 +67,7 @@ def test_patch_never_contains_the_answer(questions, teach):
 
 def test_prompt_template_takes_any_characters(student, samples):
     odd = replace(samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"])
-    own = with_settings(student, prompt="Q: {question} | {options} | {suffix} {else}")
+    own = with_config(student, prompt="Q: {question} | {options} | {suffix} {else}")
     text = ffr.build_messages(own, odd)[0]["content"][1]["text"]
     assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
 
@@ -189,13 +189,13 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
 
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
     longest = questions[0].prompt["input_ids"].shape[1]
-    (rollout,) = run(with_settings(student, max_prompt_length=longest), questions[:1], teach, rollouts=1)[0]
+    (rollout,) = run(with_config(student, max_prompt_length=longest), questions[:1], teach, rollouts=1)[0]
     assert rollout.failed is None and rollout.error.cause == "prompt"
 
 
 def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
     with pytest.raises(ValueError, match="over the limit of 20; raise --max_prompt_length"):
-        ffr.open_question(with_settings(student, max_prompt_length=20), samples[0])
+        ffr.open_question(with_config(student, max_prompt_length=20), samples[0])
 
 
 def test_repair_picture_shows_all_of_it(student, questions, teach):

@@ -115,6 +115,14 @@ def test_top_p_keeps_the_fewest_likely_tokens():
     assert set(chosen.tolist()) == {0, 1}
 
 
+def test_policy_is_the_softmax_at_the_sampling_temperature(student, questions):
+    prompt, ids = questions[0].prompt, torch.tensor([5, 6, 7])
+    hot = grpo.Sampling(temperature=2.0, pad_id=student.sampling.pad_id)
+    logps, _, _ = grpo.token_logps(student.model, [prompt], [ids], hot)
+    first = student.model(**prompt).logits[0, -1].float()
+    assert torch.allclose(logps[0, 0], (first / 2.0).log_softmax(-1)[5], atol=1e-5)
+
+
 def test_suppressed_ids_are_never_sampled_nor_scored(student):
     vision = student.processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert vision in student.sampling.suppressed_ids

@@ -19,10 +19,10 @@ import train
 from teacher import TeacherError
 
 
-def train_once(config, accelerator, samples, teach):
+def train_once(config, accelerator, samples, teach, spare=None):
     Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
     student = train.load_student(config, accelerator)
-    spare = ffr.open_question(student, samples[0])
+    spare = ffr.open_question(student, spare or samples[0])
     history = train.train(config, accelerator, student, samples, teach, spare)
     return student, history
 
@@ -136,6 +136,10 @@ def test_broken_video_costs_its_record_and_is_counted(make_config, accelerator, 
     _, history = train_once(config, accelerator, one_broken, teach)
     assert history[0]["skipped"] == 1 and torch.isfinite(torch.tensor(history[0]["grad_norm"]))
     assert history[0]["sampled_tokens"] <= 5 * 3 * 2 * 16
+    config = make_config(max_steps=1, questions_per_device=1, scale_rewards="batch")
+    student, history = train_once(config, accelerator, broken, None, spare=samples[0])
+    assert history[0]["skipped"] == 1 and history[0]["sampled_tokens"] == 0
+    assert all(torch.isfinite(p).all() for p in student.model.parameters())
 
 
 def test_every_record_is_seen_once_an_epoch(make_config, accelerator, samples):
@@ -287,4 +291,4 @@ def test_files_keep_their_limits():
 def test_every_setting_is_read():
     source = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("train.py", "ffr.py"))
     for name in train.Config.__dataclass_fields__:
-        assert re.search(rf"\b(config|c|settings)\.{name}\b", source), name
+        assert re.search(rf"\b(config|c)\.{name}\b", source), name
