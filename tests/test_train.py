@@ -1,4 +1,4 @@
-"""The loop, its settings and refusals, two processes, and the leaf files on their own."""
+"""The loop, its flags and refusals, two processes, and the leaf files on their own."""
 
 import json
 import os
