@@ -192,7 +192,8 @@ def parse_patch(text: str, case: Case) -> EvidencePatch:
         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
             what = " ".join(str(r.get("what") or "").split()[:8])
             patch.regions.append(Region(_index(r["frame"], video), _box(r["box"]), what))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:
         raise TeacherError("malformed", str(error)) from error
     if patch.error_type not in ERROR_TYPES:
         raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
@@ -260,8 +261,9 @@ def diagnose(
         replies = _ask(chat, [talks[i] for i in waiting], timeout) if waiting else []
         for i, reply in zip(waiting, replies):
             try:
-                if isinstance(reply, TeacherError):
-                    raise reply
+                if not isinstance(reply, Reply):
+                    fault = TeacherError("protocol", f"{type(reply).__name__} is no Reply")
+                    raise reply if isinstance(reply, TeacherError) else fault
                 drafts[i].tokens += reply.tokens
                 outcome = _turn(reply.text, cases[i], drafts[i])
             except TeacherError as error:

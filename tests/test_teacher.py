@@ -165,6 +165,8 @@ def test_leaking_patch_is_asked_for_once_more_then_reduced():
         patch_json(kind="bad luck"),
         patch_json(frames=["x"]),
         patch_json(frames=[4000]),
+        patch_json(frames=[10**400]),
+        patch_json(markers={"a": 1}),
         patch_json(markers=[[1]]),
         patch_json(regions=[{"frame": 1, "box": [0, 0, 9, 9]}]),
         patch_json(regions=["left"]),
@@ -197,9 +199,9 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
     began = time.time()
     causes = [
         diagnose([make_case()], chat, timeout=0.2)[0].cause
-        for chat in (raises, hangs, lambda talks: [], lambda talks: None)
+        for chat in (raises, hangs, lambda talks: [], lambda talks: None, lambda talks: ["text"])
     ]
-    assert causes == ["raised", "timeout", "protocol", "raised"] and time.time() - began < 5
+    assert causes == ["raised", "timeout", "protocol", "raised", "protocol"] and time.time() - began < 5
     assert diagnose([make_case()], lambda talks: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
 
 
