@@ -238,8 +238,7 @@ def _draw(rng: random.Random, scene: tuple, flashed: bool, frame: int) -> Image.
     pen = ImageDraw.Draw(image)
     pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
     pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
-    bar = NEEDLE_SIZE * (frame + 1) // (MOMENTS * FRAMES_PER_MOMENT)
-    pen.rectangle((0, NEEDLE_SIZE - 8, bar, NEEDLE_SIZE), (60, 60, 60))
+    pen.rectangle((0, NEEDLE_SIZE - 8, 8 * (frame + 1), NEEDLE_SIZE), (60, 60, 60))  # time
     return image
 
 

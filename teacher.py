@@ -192,9 +192,8 @@ def parse_patch(text: str, case: Case) -> EvidencePatch:
         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
             what = " ".join(str(r.get("what") or "").split()[:8])
             patch.regions.append(Region(_index(r["frame"], video), _box(r["box"]), what))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
-            ValueError) as error:
-        raise TeacherError("malformed", str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise TeacherError("malformed", str(e)) from e
     if patch.error_type not in ERROR_TYPES:
         raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.

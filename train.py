@@ -331,7 +331,10 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
-    accelerator = Accelerator(log_with=config.log_with or None, project_dir=config.out)
+    cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
+    accelerator = Accelerator(cpu=cpu, log_with=config.log_with or None, project_dir=config.out)
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
     if accelerator.device.type == "cpu":  # the launchers leave one thread to each process
         torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
     if accelerator.is_main_process:
@@ -342,9 +345,8 @@ def main() -> None:
         ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
         text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
         accelerator.print(textwrap.fill(text, 79))
-        train_file, eval_file = (f"{config.out}/{k}/records.jsonl" for k in ("train", "held_out"))
-        model = f"{config.out}/cold_start"
-        config = replace(config, model=model, data=train_file, eval_data=eval_file)
+        files = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
+        config = replace(config, model=f"{config.out}/cold_start", data=files[0], eval_data=files[1])
         if accelerator.is_main_process:
             cold_start(config, accelerator)
         accelerator.wait_for_everyone()
