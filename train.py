@@ -345,8 +345,8 @@ def main() -> None:
         ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
         text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
         accelerator.print(textwrap.fill(text, 79))
-        files = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
-        config = replace(config, model=f"{config.out}/cold_start", data=files[0], eval_data=files[1])
+        sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
+        config = replace(config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
         if accelerator.is_main_process:
             cold_start(config, accelerator)
         accelerator.wait_for_everyone()
