@@ -161,8 +161,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     if len(samples) < per_step:
         raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
     steps = config.max_steps or config.epochs * (len(samples) // per_step)
-    weights = student.model.parameters()
-    optimizer = torch.optim.AdamW(weights, config.learning_rate, weight_decay=config.weight_decay)
+    params = student.model.parameters()
+    optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = deepcopy(student.model).eval().requires_grad_(False) if config.beta > 0 else None
     model, optimizer = accelerator.prepare(student.model, optimizer)
