@@ -18,15 +18,17 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
 from data import Sample, Video, fit
 from grpo import Completion, Sampling, generate
-from reward import Score, alignment, robust_improvement_reward, score
+from reward import Score, alignment, asks_for, leak, robust_improvement_reward, score
 from teacher import Case, EvidencePatch, TeacherError
 
 PROMPT = """\
@@ -102,6 +104,19 @@ def open_question(student: Student, sample: Sample) -> Question:
     return question
 
 
+def open_questions(student: Student, samples: list[Sample], spare: Question) -> list[Question]:
+    """Open each sample. One that fails costs that record: `spare` stands in, without counting, so
+    that all processes keep in step."""
+    questions = []
+    for sample in samples:
+        try:
+            questions.append(open_question(student, sample))
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            questions.append(replace(spare, counts=False))
+    return questions
+
+
 # --- prompts, with and without a patch ---
 def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> list[dict]:
     """The chat: the video, the question, and after it the patch. The question text is the same
@@ -137,14 +152,12 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
         return parts
     drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames}
     crops = []
-    for frame, box, _ in patch.regions:
-        image = video.frame(frame)
-        x1, y1, x2, y2 = (int(v * side) for v, side in zip(box, image.size * 2))
-        corners = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
-        crops.append(("Crop", frame, image.crop(corners)))
-        if frame in drawn:
-            width = max(2, min(image.size) // 100)
-            ImageDraw.Draw(drawn[frame]).rectangle(corners, outline=(255, 0, 0), width=width)
+    for region in patch.regions:
+        image = video.frame(region.frame)
+        crops.append(("Crop", region.frame, image.crop(region.corners(image))))
+        if region.frame in drawn:
+            pen, width = ImageDraw.Draw(drawn[region.frame]), max(2, min(image.size) // 100)
+            pen.rectangle(region.corners(image), outline=(255, 0, 0), width=width)
     for kind, frame, image in [*(("Frame", *item) for item in drawn.items()), *crops]:
         parts.append({"type": "text", "text": f"\n{kind}{at(frame, frame)}:"})
         parts.append({"type": "image", "image": image})
@@ -246,18 +259,33 @@ def case_of(question: Question, response: str) -> Case:
     return Case(x.id, x.question, x.options, x.answer, response, question.video)
 
 
+def gate(patch: EvidencePatch, case: Case) -> str | None:
+    """The rules that a patch does not answer: no region where a place is asked, no time where a
+    time is asked, and no words that give y away; returns why they do (`reward.leak`)."""
+    asked = asks_for(case.question)
+    if "place" in asked:
+        patch.regions = []
+    if "time" in asked:
+        patch.spans, patch.show_times = [], False
+    words = "; ".join([patch.guidance, *(region.what for region in patch.regions)])
+    return leak(words, case.question, case.options, case.answer)
+
+
 def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
 
 
 # --- what is measured and shown of a round ---
-def describe(r: Rollout) -> dict:
+def describe(question: Question, r: Rollout) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""
+    spans = r.patch.spans if r.patch else []
     return {
         "failure": not r.first.score.correct, "intervention": r.failed is not None,
         "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
         "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
-        "refused": len(r.patch.refusals) if r.patch else 0, "cause": r.error and r.error.cause,
+        "patch_frames": len(r.patch.key_frames) if r.patch else 0,
+        "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
+        "cause": r.error and r.error.cause,
         "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
     }
 
@@ -269,14 +297,17 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
         return {k: sum(row[k] for row in among) / max(len(among), 1) for k in names.split()}
 
     metrics = mean("failure intervention reward format truncated length", rows)
-    metrics |= mean("fix align", [row for row in rows if row["intervention"]])
-    metrics |= {name: sum(row[name] for row in rows) for name in ("sampled_tokens", "refused")}
+    repaired = [row for row in rows if row["intervention"]]
+    metrics |= mean("fix align patch_frames patch_seconds", repaired)
+    metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
     for name in updates[0]:
         largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
         metrics[name] = (max if largest else sum)(update[name] for update in updates)
     causes = Counter(row["cause"] for row in rows if row["cause"])
-    unaided = 1 - metrics["failure"] if rows else 0.0
-    metrics |= {"unaided": unaided, "teacher_failures": causes.total()}
+    asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
+    metrics |= {"unaided": 1 - metrics["failure"] if rows else 0.0,
+                "won_per_call": sum(row["fix"] for row in repaired) / asked,
+                "teacher_failures": causes.total()}
     return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
 
 
@@ -323,3 +354,16 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         y += (height + line + 8 if pictures else 0) + 12
     text = "\n\n".join(f"{heading}\n{body}" for heading, body, *_ in sections)
     return text + "\n", page.crop((0, 0, page.width, y))
+
+
+def show_repair(config, questions: list[Question], groups: list, step: int) -> bool:
+    """Write the step's first repair that came out right, as text and as a picture."""
+    pairs = [(q, r) for q, group in zip(questions, groups) for r in group]
+    for question, rollout in [(q, r) for q, r in pairs if r.failed and r.score.correct][:1]:
+        safe = re.sub(r"[^\w-]", "_", question.sample.id)
+        file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
+        text, picture = draw_repair(question, rollout, config.kappa, config.lam)
+        file.with_suffix(".txt").write_text(text, encoding="utf-8")
+        picture.save(file)
+        return True
+    return False

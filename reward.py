@@ -13,6 +13,7 @@ counts as failed. Standard library only; imports no sibling.
 import math
 import re
 from collections import Counter
+from itertools import combinations
 from typing import NamedTuple
 
 
@@ -172,3 +173,190 @@ def robust_improvement_reward(
     if first.correct or repaired is None:
         return first.accuracy + first.format
     return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align
+
+
+# --- the leak gate: do a teacher's words give the answer away? Rules for English, ours ---
+NUMBER, UNIT = r"\d+(?:\.\d+)?", r"(?:seconds?|secs?|s|minutes?|mins?|hours?|frames?)\b"
+TO = r" ?(?:-|–|to|and) ?"
+TIMES = (rf"\d+:\d\d(?:{TO}\d+:\d\d)?|(?:{NUMBER}{TO})?{NUMBER}[ -]?{UNIT}|"
+         rf"\b(?:second|minute|frame)s? {NUMBER}(?:{TO}{NUMBER})?")
+ASKS = {  # what a question asks for, and so a patch must not say
+    "place": r"(^|[,.:;] |\band )where\b|\b(which|what) (side|part|corner|direction|hand)\b|"
+             r"\b(position|location|to my)\b",
+    "time": r"(^|[,.:;] |\band )when\b(?!.*, (what|who|which|how|where|is|are|do|does|did)\b)|"
+            r"\bhow (long|much time|many (more |full )?(seconds|minutes))\b|"
+            r"\b(what|which) (exact )?(time|second|minute|moment|point|timestamp)\b",
+    "quality": r"\b(colou?r|material|pattern|shape)",
+    "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
+}
+COUNTS = {name: n for n, names in zip([*range(21), *range(30, 101, 10), 0.5, 0.25], (
+    "zero none nobody|one once single sole|two twice pair couple both double|three triple trio|"
+    "four|five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"
+    "seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|"
+    "half|quarter"
+).split("|")) for name in names.split()}
+FORMS = {form: forms.split()[0] for forms in (
+    "throw threw thrown|take took|hold held|sit sat|stand stood|run ran|give gave|eat ate|go went|"
+    "drink drank drunk|break broke broken|fall fell|write wrote|draw drew drawn|drive drove|lie lay|"
+    "ride rode|tear tore torn|catch caught|bring brought|build built|make made|wear wore worn|"
+    "hide hid|tie tying|lose lost|back behind").split("|") for form in forms.split()}
+COMMON = set(
+    "a an the it its this that these those there he she his her him you your they them their i me "
+    "my we and or so than then as of in on at to into onto from by with for is are was were be been "
+    "being do does did has have had will would can could may might must because who which "
+    "what".split())
+WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
+NOT = (r"\b(not|no|never|neither|nor|0|nothing|without|ignore|forget|exclude|instead of|wrong|"
+       r"rather than|rule[sd]? out|hardly|unlikely|any ?more)\b|n't\b")
+SAYS = (r"\b(right|correct|true|actual|best) (option|choice|answer|value|number|count|one is)\b|"
+        r"\banswer (is|was|lies|has|should|would|must)\b|\b(opposite|reverse) of\b|other way a?round|"
+        r"\bshould (have|be) (picked|said|chosen|answered|been|counted)\b|"
+        r"\b(first|second|third|fourth|fifth|last|final|penultimate|middle|top|bottom) "
+        r"(one )?(in |on |of )?(the )?(listed |given |\d )?(options?|choices?|list)\b")
+LETTERS = (r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
+           r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|[(\"'“]([a-h])[)\"'”]|\b([a-h])\)")
+CORRECTS = (r"\b(more|fewer|less|too|short|shy|off|missed|overlooked|forgot|skipped|left out|extra|"
+            r"add|as (many|much|long|high)|halve|exactly|precisely|total|altogether)\b")
+YOURS = r"\byour (count|estimate|number|figure)|\byou (counted|missed|left|gave|said|named|took)\b"
+AFTER = r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|because)\b"
+ASSERTS = (r"\b(yes|not|no|never|nothing|indeed|clearly|really|is|are|was|were|does|did|has|had)\b|"
+           r"n't\b|\w (do|have|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?"
+           r"(?!camera|shot|view)\w+ \w+(s|ed)\b|\b(it|he|she|they|there|you) "
+           r"(?!(to|in|on|at|from|a|again|with|and|back|out|up)\b)\w")
+ADVERBS = (r"\bright (?=(after|before|when|as|at|where|behind|there|in|up|through|until|next|to|by)"
+           r"\b)|\b(keep|look|take|have|watch)(ing)? (?=(on|at|in|an?|it|track|watching|your)\b)")
+
+
+def asks_for(question: str) -> set[str]:
+    """The kinds of ASKS that a question is of."""
+    return {kind for kind, pattern in ASKS.items() if re.search(pattern, question, re.I)}
+
+
+def leak(words: str, question: str, options: list[str], answer: str) -> str | None:
+    """Why a teacher's words give y away, or None: they name an option, hold the answer's words in
+    any form and order, numbers that are, make up or correct it, a time or a yes or no where that is
+    asked, or leave one option only. Synonyms and descriptions pass."""
+    asked, low, q = asks_for(question), _canonical(words), _canonical(question)
+    letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", answer.strip())
+    own = [o for o in options if letter and re.match(rf"\W*{letter[1]}\b", o)]
+    texts = [_canonical(re.sub(r"^\W*[A-Za-z][.):]+\s*", "", o)) for o in [*own, *options]]
+    right = texts[0] if own else _canonical(answer)
+    named = {"".join(found).upper() for found in re.findall(LETTERS, words)}
+    named -= {*re.findall(r"(?<=\w )[A-H]\b", question)}  # 'player B'
+    if re.search(SAYS, low) or letter and named and len(named) < max(len(options), 2):
+        return "it speaks of the answer"
+    runs = re.findall(r"\b\w(?:(?:\W|then|and)+\w\b){2,}", words.casefold())
+    runs = [re.sub(r"\W|then|and", "", run) for run in runs]
+    initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))
+    spelled = re.sub(r"\W", "", right)
+    if any(run in spelled or spelled in run for run in runs if spelled[2:]) or (
+            spelled[3:] and spelled in initials):
+        return "it spells the answer"
+    if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}|\bhalfway\b", low):
+        return "it gives a time"
+    low = low if "time" in asked else re.sub(TIMES, " ", low)
+    if "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
+        clauses = _clauses(re.sub(r"\b(do not|don't)\b", "", low))
+        if any(re.search(ASSERTS, re.split(AFTER, clause)[0]) for clause in clauses):
+            return "it says yes or no"
+    if goal := re.fullmatch(rf"\W*({NUMBER})(\W+\w+)?\W*", right):
+        return "it gives the number" if _counted(low, q, float(goal[1])) else None
+    others = [text for text in texts if text != right] or _alternatives(q, right)
+    return _contained(re.sub(ADVERBS, "", low), q, right, others, asked, bool(options))
+
+
+def _canonical(text: str) -> str:
+    """Case-folded, numbers as digits: 'Twenty-one' → '21', 'two dozen' → '24', '3,99' → '3.99'."""
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().replace("’", "'"))
+    text = re.sub(r"\bnot (a single|one|any)\b", "0", re.sub(r"(?<=\d),(?=\d)", ".", text))
+    text = re.sub(rf"\b(?:an? )?({'|'.join(COUNTS)})s?\b", lambda m: str(COUNTS[m[1]]), text)
+    text = re.sub(r"\b([2-9])0[ -]([1-9])\b", r"\1\2", text)
+    return re.sub(rf"\b({NUMBER})[ -](100|12|0\.5|0\.25)\b",
+                  lambda m: f"{float(m[1]) * float(m[2]):g}", text)
+
+
+def _stems(text: str) -> list[str]:
+    """Words without their endings, COMMON ones left out."""
+    found, endings = [], r"(?<=\w{3})(ies|ing|ish|ed|es|en|ly|er|s|y|e|(?<=(\w))\2)$"
+    for word in re.findall(rf"{NUMBER}|[^\W\d_]+", re.sub(r"'s?\b", "", text)):
+        stem, last = FORMS.get(word, word), ""
+        while stem != last:
+            last, stem = stem, re.sub(endings, "", stem)
+        found += [stem] if word not in COMMON else []
+    return found
+
+
+def _clauses(text: str) -> list[str]:
+    return re.split(r"[;:!?–—]|[.,](?!\d)| and | but ", text)
+
+
+def _alternatives(q: str, right: str) -> list[str]:
+    """'Open or closed?' and 'one of: …' are as good as options."""
+    q, own = re.sub(r"\b(the|an?) ", "", q), {*_stems(right)}
+    pieces = [" ".join(re.findall(r"[\w'-]+", piece)) for piece in re.split(r"[,:;?.]| or ", q)]
+    if right in pieces:
+        return [p for p in pieces if p != right and len(p.split()) == len(right.split())]
+    pairs = [*re.findall(r"(\w+) or (\w+)", q), *re.findall(r"(\w+ \w+) or (\w+ \w+)", q)]
+    pairs += [(b, a) for a, b in pairs]
+    return [a for a, b in pairs if {*_stems(b)} <= own and not own & {*_stems(a)}]
+
+
+def _counted(low: str, q: str, goal: float) -> bool:
+    """Whether numbers in the text are the answer, make it up, or correct the student's."""
+    nouns, given = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}, {}
+    values = []
+
+    def near(x: float) -> bool:
+        return abs(x - goal) <= (0.1 * goal if goal % 1 or goal > 20 else 0)
+
+    for label, number in re.findall(rf"(\w+) ({NUMBER})\b", q):  # 'player 2'
+        given[float(number)] = label
+    for m in re.finditer(NUMBER, low):
+        value, before, after = float(m[0]), low[: m.start()], low[m.end() :]
+        if value in given and (value != goal or before.endswith(f"{given[value]} ")):
+            continue
+        counted = nouns & {*_stems(after[:25])[:2]} or re.match(r"\s*of th(em|[eo]se)\b", after)
+        alone = re.search(r"\b(only|just|exactly|is|are|than) (an? )?$", before)
+        if value == 1 and not counted and not alone:
+            continue
+        scales = (1, 0.01, 100, 1000) if value % 1 or value > 20 else (1,)
+        if counted or any(near(value * scale) for scale in scales):
+            return True
+        values.append(value)
+    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a > 1]
+    wrong = [c for c in _clauses(low) if re.search(NUMBER, c) and re.search(CORRECTS, c)]
+    yours = re.search(YOURS, low) and re.search(NUMBER, low)
+    return bool(wrong or yours or any(near(sum(run)) or near(math.prod(run)) for run in runs))
+
+
+def _contained(low: str, q: str, right: str, others: list, asked: set, listed: bool) -> str | None:
+    said, denied, known = set(), set(), {*_stems(q)}
+    for clause in _clauses(low):
+        (denied if re.search(NOT, clause) else said).update(_stems(clause))
+    said |= {a + b for a in said for b in said if min(len(a), len(b)) > 2}  # 'window sill'
+    key, rest = {*_stems(right)}, [{*_stems(other)} for other in others]
+    if not rest:
+        new, phrase = key - known - WEAK or key - known, " ".join(re.findall(r"\w+", right))
+        part = len(new) < 3 and asked & {"quality", "place"} and new & said - WEAK
+        most = len(new & said) >= (len(new) if len(new) < 3 else 0.6 * len(new))
+        whole = re.search(rf"\b{phrase}\b", " ".join(re.findall(r"\w+", low)))
+        return "it contains the answer" if new and (part or most or whole) else None
+    every, shared = key.union(*rest), key.intersection(*rest)
+    even = sum(bool((other - shared) & known) for other in (key, *rest)) > 1  # q names them all
+    told = shared if even else shared | known  # what gives nothing away
+    mine, core = (every - told) & said - (WEAK if key - WEAK else set()), key - told - WEAK
+    whole = core and core <= said and not any(other - shared <= said for other in rest)
+    enough = all if "place" in asked else any
+    if whole or mine and mine <= key and not enough(mine <= other for other in rest):
+        return "it contains the answer"
+    out = (every - shared) & (said | denied)
+    clear = rest[1:] or out & denied or not listed
+    if clear and not key <= said and not out & key - set().union(*rest):
+        if all((other - shared - key) & out for other in rest):
+            return "it rules out the others"
+    places = [low.find(item.strip(" .")) for item in re.split(r", | then | and |→", right)]
+    places = [place for place in places if place >= 0]
+    if len(places) > 2 and places == sorted(places) and all(other == key for other in rest):
+        steps = re.search(r"\b(then|next|follow\w*|finally|after|before|last|end|start)\b", low)
+        return "it gives the order" if steps else None
+    return None

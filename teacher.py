@@ -1,18 +1,28 @@
 """The frozen, tool-using teacher T: it finds what a failed rollout missed and returns a patch.
 
-    S_i = (x, y, τ_i)   `Case`            T        `diagnose` around a *brain*
-    c_i, e_i            `EvidencePatch`   brain    `chat(conversations) -> replies`, `Chat`
+    S_i = (x, y, τ_i)   `Case`            T       `diagnose` around a *brain* and a *gate*
+    c_i, e_i            `EvidencePatch`   brain   `Chat`: `remote`, `local`, or any such function
 
-A brain gets conversations, lists of chat messages whose parts are texts or Pillow images, and
-gives as many replies. All share prompt, tools, leak gate and limits: `scripted` looks the truth
-up, `local` is a transformers VLM. Sources: FFR §Find, §Fix, app. B. Imports no sibling.
+All brains share prompt, tools, limits, gate, deadlines and cache. A conversation is a list of
+OpenAI chat messages, pictures as JPEG in data URLs. Sources: FFR §Find, §Fix, app. B; the gate and
+the cache are ours. Imports no sibling.
 """
 
+import base64
+import hashlib
 import json
+import os
+import random
 import re
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from email.utils import mktime_tz, parsedate_tz
+from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,8 +31,10 @@ from PIL import Image
 ERROR_TYPES = ("temporal", "spatial", "misconception")
 MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
 MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; frames of a segment
-PLACE = r"\b(where|(which|what) (side|part|corner)|position|location)\b"  # questions for a place
-TIME = r"\b(when|(which|what) (time|second|minute|moment)|how long)\b"  # questions for a time
+MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
+MAX_TRIES, BACKOFF = 4, 1.0  # of a request; seconds before the second, doubled from then on
+BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CLIPS = threading.Lock()  # a video reader serves one thread at a time
 
 
 class Clip(Protocol):
@@ -49,6 +61,11 @@ class Region(NamedTuple):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in 0–1
     what: str = ""
 
+    def corners(self, image: Image.Image) -> tuple[int, int, int, int]:
+        """The box in pixels, at least one each way."""
+        x1, y1, x2, y2 = (int(v * side) for v, side in zip(self.box, image.size * 2))
+        return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
+
 
 @dataclass
 class EvidencePatch:
@@ -59,14 +76,13 @@ class EvidencePatch:
     spans: list[tuple[int, int]] = field(default_factory=list)  # first and last frame of moments
     regions: list[Region] = field(default_factory=list)
     show_times: bool = True  # False where the question asks for a time
-    refusals: list[str] = field(default_factory=list)  # why the leak gate refused earlier versions
+    refusals: list[str] = field(default_factory=list)  # why the gate refused earlier versions
     transcript: list[str] = field(default_factory=list)  # the tool calls that led here
-    tokens: int = 0  # that the brain spent on this case
 
     @property
     def content(self) -> str:
         """All that the student is shown: equal patches have equal content."""
-        return repr(replace(self, refusals=[], transcript=[], tokens=0))
+        return repr(replace(self, refusals=[], transcript=[]))
 
 
 class TeacherError(Exception):
@@ -74,7 +90,7 @@ class TeacherError(Exception):
 
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}")
-        self.cause = cause
+        self.cause, self.detail = cause, detail
 
 
 class Reply(NamedTuple):
@@ -82,7 +98,12 @@ class Reply(NamedTuple):
     tokens: int = 0
 
 
-Chat = Callable[[list[list[dict]]], list[Reply | TeacherError]]
+# A brain: conversations and the seconds it may take → for each its words and how many tokens they
+# took, or why there are none.
+Chat = Callable[[list[list[dict]], float], list[tuple[str, int] | TeacherError]]
+# Takes out of a patch what must not be in it; returns why its words give the answer away, or None.
+Gate = Callable[[EvidencePatch, Case], str | None]
+
 
 SYSTEM = """\
 A student model answered a question about a video wrongly. You can look at the video. Find the one
@@ -100,13 +121,18 @@ When you know, reply with exactly this and no tool call:
 {"content": "what to look for, one or two sentences", "key_frames": [12], "temporal_markers":
 [[10, 14]], "spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "a hand"}]}}
 </answer>
-The content directs attention, it never tells the result:
-- what colour, object or text: say where or when to look, not what is there
-- is it there, how many: say which moments to go through, neither yes or no nor a number
-- what happens, in which order: say what to follow, not the action or the order
-- no option letter, no option text, no ruling out of options
+The content directs attention, it never tells the result. By what the question asks for:
+- what colour, which object, what is written, who: say where or when to look, not what is there
+- is it there: say which moments to go through, neither yes nor no
+- how many, how much: say what counts and where it hides, no number, no sum, no "one more"
+- what happens, in which order, why: say what to follow, not the action, the order or the reason
+- where: say what to look for and when, no place and no side
+- when, how long: say which change to wait for, no time, no "early" or "late"
+Never an option's letter or text, never which options are out, never the student's mistake turned
+round ("not open" says closed). The same holds for each "what".
 Bad: "The hand puts down the book." Good: "Follow the right hand until it lets go."
-Bad: "There are three cups." Good: "Go through the table from left to right, near the end too."
+Bad: "There are three cups." Good: "Go through the table from end to end, behind the jug too."
+Bad: "The light is not red." Good: "Read the light again as the car passes it."
 Blind test: someone who has not seen the video must not be able to answer from your words."""
 
 
@@ -124,17 +150,25 @@ def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]
 
 
 def _text(text: str) -> dict:
-    return {"type": "text", "text": text}
+    return {"type": "text", "text": _plain(text)}
+
+
+def _plain(text: str) -> str:
+    """Without what some tokenizer could take for a special token, and without lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
 def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
-    """A frame, or a crop of it, at native size: its label and its pixels as chat parts."""
+    """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
     image, label = video.frame(index), f"frame {index} ({index / video.fps:.2f} s)"
     if box is not None:
-        x1, y1, x2, y2 = (int(v * side) for v, side in zip(box, image.size * 2))
-        image = image.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+        image = image.crop(Region(index, box).corners(image))
         label += ", region " + " ".join(f"{v:.2f}" for v in box)
-    return [_text(label), {"type": "image", "image": image}]
+    shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
+    image = image.convert("RGB").resize([max(1, int(side / shrink)) for side in image.size])
+    image.save(file := BytesIO(), "JPEG", quality=90)
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return [_text(label), {"type": "image_url", "image_url": {"url": url}}]
 
 
 # --- the tools ---
@@ -177,198 +211,204 @@ def _box(values) -> tuple[float, float, float, float]:
 
 
 # --- the reply and its limits ---
-def parse_patch(text: str, case: Case) -> EvidencePatch:
+def parse_patch(text: str, video: Clip) -> EvidencePatch:
     """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
     tagged = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
+
+    def words(value, most: int) -> str:  # without brackets that spell a student's special token
+        return " ".join(re.sub(r"[<>\[\]]", " ", _plain(str(value or ""))).split()[:most])
+
     try:
         reply = json.loads(tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1])
-        evidence, video = reply["evidence_patch"], case.video
-        patch = EvidencePatch(str(reply["error_classification"]).strip().lower())
-        patch.guidance = " ".join(str(evidence.get("content") or "").split()[:MAX_WORDS])
+        evidence, kind = reply["evidence_patch"], str(reply["error_classification"]).lower()
+        patch = EvidencePatch(next(error_type for error_type in ERROR_TYPES if error_type in kind))
+        patch.guidance = words(evidence.get("content"), MAX_WORDS)
         frames = [_index(k, video) for k in evidence.get("key_frames") or []]
         patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
         for start, end in evidence.get("temporal_markers") or []:
             patch.spans.append(tuple(sorted((_index(start, video), _index(end, video)))))
         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
-            what = " ".join(str(r.get("what") or "").split()[:8])
-            patch.regions.append(Region(_index(r["frame"], video), _box(r["box"]), what))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise TeacherError("malformed", str(e)) from e
-    if patch.error_type not in ERROR_TYPES:
-        raise TeacherError("malformed", f"error_classification '{patch.error_type}'")
+            region = Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
+            patch.regions.append(region)
+    except (*BAD_DATA, StopIteration) as error:
+        raise TeacherError("malformed", _plain(str(error))) from error
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
     keep = MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1)
     if keep < 1:
         sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
         patch.spans = [((twice - n + 1) // 2, (twice + n - 1) // 2) for twice, n in sizes]
-    # A patch does not answer: no place where a place is asked, no time where a time is asked.
-    if re.search(PLACE, case.question, re.I):
-        patch.regions = []
-    if re.search(TIME, case.question, re.I):
-        patch.spans, patch.show_times = [], False
-    if not (patch.guidance or patch.key_frames or patch.spans or patch.regions):
-        raise TeacherError("malformed", "an empty patch")
     return patch
-
-
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-def leak(patch: EvidencePatch, case: Case) -> str | None:
-    """Why the patch's words give the answer away, or None. Knows y even where T is not shown it."""
-    words = " ".join([patch.guidance, *(region.what for region in patch.regions)])
-    answers = {_plain(case.answer)}
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", case.answer.strip())
-    if letter and case.options:
-        if re.search(rf"\b{letter[1].upper()}\b(?! [a-z])|\boption {letter[1]}\b", words, re.I):
-            return "it names the option"
-        own = [o for o in case.options if re.match(rf"\W*{letter[1]}\b", o, re.I)]
-        answers = {_plain(re.sub(r"^\W*\w\W+", "", option)) for option in own}
-    for pair in ({str(number), word} for number, word in enumerate(NUMBERS)):
-        answers |= pair if answers & pair else set()
-    if re.search(r"\b(correct|right) (answer|option|choice)\b|\banswer is\b", words, re.I):
-        return "it speaks of the answer"
-    if any(f" {answer} " in f" {_plain(words)} " for answer in answers):
-        return "it contains the answer"
-    return None
-
-
-def _plain(text: str) -> str:
-    """Case-folded words without articles and punctuation, one space between."""
-    words = re.findall(r"\w+(?:\.\d+)?", text.casefold())
-    return " ".join(word for word in words if word not in ("a", "an", "the")) or text.strip()
 
 
 # --- Find and Fix: all failures of a step together ---
 def diagnose(
-    cases: list[Case], chat: Chat, show_answer: bool = True, num_frames: int = 16,
-    timeout: float | None = None,
+    cases: list[Case], chat: Chat | None, gate: Gate, show_answer: bool = True,
+    num_frames: int = 16, timeout: float = 300.0, step_timeout: float = 900.0, workers: int = 0,
+    cache: str = "", brain: str = "", spent: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """Run the tool loop for all cases together, one `chat` call per turn for those still open.
+    """A patch for each case, or why there is none: whatever goes wrong becomes a `TeacherError`.
 
-    A turn calls tools, whose pictures are handed back, or closes with the JSON. A patch that leaks
-    is asked for once more with the reason, then reduced to its frames, times and regions. Whatever
-    goes wrong with a case becomes its `TeacherError`, `timeout` seconds of silence too."""
-    results, talks, drafts = {}, {}, [EvidencePatch("") for _ in cases]
-    for i, case in enumerate(cases):
-        try:
-            talks[i] = first_messages(case, show_answer, num_frames)
-        except (ValueError, RuntimeError, OSError) as error:
-            results[i] = TeacherError("video", str(error))
+    With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time, each
+    on its own. One may take `timeout` seconds, all together `step_timeout`. `cache`: a folder of
+    replies, keyed by all that the brain is shown and by `brain`, its name and settings; failures
+    are replayed too, and with `chat` None nothing else is. Equal cases are diagnosed once. Adds to
+    `spent`: calls, hits of the cache, tokens and seconds of the brain, patches refused."""
+    distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
+    batches = [[case] for case in distinct.values()] if workers else [[*distinct.values()]]
+
+    def work(batch: list[Case]) -> tuple[list[EvidencePatch | TeacherError], Counter]:
+        stop, cost = min(end, time.monotonic() + timeout), Counter()
+        loops = [_tool_loop(case, gate, show_answer, num_frames, cost) for case in batch]
+        results, replies = {}, dict.fromkeys(range(len(batch)))
+        while replies:
+            talks = {}
+            for i, reply in replies.items():
+                try:
+                    with CLIPS:
+                        talks[i] = loops[i].send(reply)
+                except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
+                    results[i] = getattr(last, "value", last)
+            replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, cost)))
+        return [results[i] for i in range(len(batch))], cost
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        done = [*pool.map(work, batches)]
+    for cost in [cost for _, cost in done if spent is not None]:
+        spent.update(cost)
+    results = dict(zip(distinct, (result for results, _ in done for result in results)))
+    return [results[repr(case)] for case in cases]
+
+
+def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, cost: Counter):
+    """One conversation, as a generator: yields it, is sent the reply, returns the patch. A turn
+    calls tools, whose pictures are handed back, or closes with the JSON. A patch that leaks is
+    asked for once more with the reason, then reduced to its frames, times and regions."""
+    transcript, refusals = [], []
+    try:
+        talk = first_messages(case, show_answer, num_frames)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise TeacherError("video", str(error)) from error
     for _ in range(MAX_TURNS):
-        waiting = [i for i in talks if i not in results]
-        replies = _ask(chat, [talks[i] for i in waiting], timeout) if waiting else []
-        for i, reply in zip(waiting, replies):
+        reply, parts = (yield talk), []
+        if isinstance(reply, TeacherError):
+            raise reply
+        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", reply.text)[:MAX_CALLS]
+        for name, arguments in calls:
+            transcript.append(f"{name}({arguments})")
             try:
-                if not isinstance(reply, Reply):
-                    fault = TeacherError("protocol", f"{type(reply).__name__} is no Reply")
-                    raise reply if isinstance(reply, TeacherError) else fault
-                drafts[i].tokens += reply.tokens
-                outcome = _turn(reply.text, cases[i], drafts[i])
-            except TeacherError as error:
-                results[i] = error
-                continue
-            if isinstance(outcome, EvidencePatch):
-                results[i] = outcome
-            else:
-                talks[i].append({"role": "assistant", "content": [_text(reply.text)]})
-                talks[i].append({"role": "user", "content": outcome})
-    late = TeacherError("turns", f"no patch within {MAX_TURNS} turns")
-    return [results.get(i, late) for i in range(len(cases))]
+                parts += run_tool(name, arguments, case.video)
+            except (ArithmeticError, ValueError, RuntimeError, OSError) as error:
+                parts.append(_text(f"{name} failed: {error}"))
+                transcript[-1] += f" failed: {error}"
+        if not calls:
+            patch = parse_patch(reply.text, case.video)
+            if reason := gate(patch, case):
+                refusals.append(reason)
+                cost["refused"] += 1
+                patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
+            if reason is None or len(refusals) > 1:
+                if patch.guidance or patch.key_frames or patch.spans or patch.regions:
+                    return replace(patch, transcript=transcript, refusals=refusals)
+                raise TeacherError("leak" if reason else "malformed", reason or "an empty patch")
+            parts = [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
+        talk.append({"role": "assistant", "content": [_text(reply.text)]})
+        talk.append({"role": "user", "content": parts})
+    raise TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
 
-def _turn(text: str, case: Case, draft: EvidencePatch) -> EvidencePatch | list[dict]:
-    """One reply: a patch that passed the gate, or the parts to answer the teacher with. `draft`
-    keeps what the finished patch tells of its making."""
-    calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", text)[:MAX_CALLS]
-    parts = []
-    for name, arguments in calls:
-        try:
-            parts += run_tool(name, arguments, case.video)
-            draft.transcript.append(f"{name}({arguments})")
-        except (ValueError, RuntimeError, OSError) as error:
-            parts.append(_text(f"{name} failed: {error}"))
-            draft.transcript.append(f"{name}({arguments}) failed: {error}")
-    if calls:
-        return parts
-    patch = parse_patch(text, case)
-    reason = leak(patch, case)
-    if reason is not None:
-        draft.refusals.append(reason)
-        if len(draft.refusals) == 1:
-            return [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
-        patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
-        if not (patch.key_frames or patch.spans or patch.regions):
-            raise TeacherError("leak", reason)
-    return replace(patch, transcript=draft.transcript, refusals=draft.refusals, tokens=draft.tokens)
-
-
-def _ask(chat: Chat, talks: list[list[dict]], timeout: float | None) -> list:
-    """Call the brain in a thread, so that one that hangs costs no more than `timeout` seconds."""
-    replies = []
+def _ask(
+    talks: list, chat: Chat | None, end: float, cache: str, brain: str, cost: Counter
+) -> list[Reply | TeacherError]:
+    """The next reply of each conversation: from the cache, else from the brain, called in a thread
+    so that one that hangs costs no more than its time."""
+    keys = [hashlib.sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
+    replies = [_load(Path(cache, key)) if cache else None for key in keys]
+    asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
+    late = TeacherError("timeout", "no reply in time")
+    fresh = [late if chat else TeacherError("miss", "not in the cache")] * len(asked)
 
     def call():
         try:
-            replies.extend(chat(talks))
+            said = chat([talks[i] for i in asked], end - began)
+            fresh[:] = [reply if isinstance(reply, TeacherError) else
+                        Reply(_plain(reply[0][:MAX_REPLY]), int(reply[1]))
+                        for _, reply in zip(asked, said, strict=True)]
         except Exception as error:  # whatever a brain raises costs its cases, never the run
-            replies[:] = [TeacherError("raised", f"{type(error).__name__}: {error}")] * len(talks)
+            fault = TeacherError("raised", _plain(f"{type(error).__name__}: {error}"))
+            fresh[:] = [fault] * len(asked)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        return [TeacherError("timeout", f"no reply within {timeout} s")] * len(talks)
-    if len(replies) != len(talks):
-        return [TeacherError("protocol", "not one reply per conversation")] * len(talks)
+    if chat and asked and end > began:
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(end - began)
+    for i, reply in zip(asked, list(fresh)):  # a copy: what comes later is too late
+        replies[i] = reply
+        if chat:
+            cost.update(calls=1, tokens=getattr(reply, "tokens", 0))
+        if chat and cache:
+            _store(Path(cache, keys[i]), reply)
+    cost.update(hits=len(talks) - len(asked), seconds=time.monotonic() - began)
     return replies
 
 
+def _load(file: Path) -> Reply | TeacherError | None:
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return record and (TeacherError if "cause" in record else Reply)(**record)
+
+
+def _store(file: Path, reply: Reply | TeacherError) -> None:
+    record = reply._asdict() if isinstance(reply, Reply) else vars(reply)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    part.write_text(json.dumps(record), encoding="utf-8")
+    part.replace(file)  # other processes see all of it or nothing
+
+
 # --- brains ---
-def scripted(truths: dict[str, list[dict]]) -> Chat:
-    """A brain without a model: it looks the evidence up by case id, but speaks the whole protocol.
+def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
+    """A brain behind an OpenAI-compatible endpoint that takes images. Time-outs, lost connections,
+    429 and 5xx are tried again while there is time, other 4xx are not. `key` stays in here."""
+    from huggingface_hub import InferenceClient
 
-    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
-    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
+    def complete(talk: list[dict], end: float) -> Reply | TeacherError:
+        for attempt in range(MAX_TRIES):
+            left = max(end - time.monotonic(), 0.01)
+            # Without a key the client would send the user's own hub token to this endpoint.
+            client = InferenceClient(base_url=url, api_key=key or "none", timeout=left / 2)
+            try:
+                out = client.chat_completion(talk, model=model, max_tokens=max_tokens)
+                text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
+                return Reply(text.replace(key or "\0", "[key]"), int(tokens or 0))
+            except Exception as error:  # the client's own kinds are those of its HTTP library
+                status = getattr(getattr(error, "response", None), "status_code", 0)
+                cause = (f"http_{status}" if status else "malformed" if isinstance(error, BAD_DATA)
+                         else "timeout" if isinstance(error, TimeoutError) else "connection")
+                fault = TeacherError(cause, str(error).replace(key or "\0", "[key]"))
+                asked = error.response.headers.get("retry-after", "") if status else ""
+            date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * random.uniform(1, 2)
+            wait = mktime_tz(date) - time.time() if date else float(asked or wait)
+            again = cause in ("timeout", "connection") or status == 429 or status >= 500
+            if not again or wait > end - time.monotonic():
+                break
+            time.sleep(max(wait, 0.0))
+        return fault
 
-    def reply(talk: list[dict]) -> Reply | TeacherError:
-        opening = talk[1]["content"][0]["text"]
-        case_id = opening.partition("\n")[0].removeprefix("Case: ")
-        if case_id not in truths:
-            return TeacherError("unknown", f"no evidence for {case_id}")
-        response = opening.partition("The student's response:")[2]
-        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
-        evidence = (missed or truths[case_id][-1:])[0]
-        frames, region = evidence["key_frames"], evidence.get("region")
-        if len(talk) == 2:  # look first
-            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
-            if region:
-                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
-            return Reply("<think>What is to be seen there?</think>\n" + "\n".join(calls))
-        moment = evidence.get("moment", [min(frames), max(frames)])
-        regions = [{"frame": frames[0], "box": region}] if region else []
-        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
-                 "temporal_markers": [moment], "spatial_regions": regions}
-        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
-        return Reply(f"<think>Found.</think><answer>{json.dumps(body)}</answer>")
-
-    return lambda talks: [reply(talk) for talk in talks]
+    return lambda talks, seconds: [complete(talk, time.monotonic() + seconds) for talk in talks]
 
 
-def local(model, processor, max_tokens: int = 1024) -> Chat:
+def local(model, processor, max_tokens: int = 2048) -> Chat:
     """A brain that is a transformers vision-language model; all conversations go in one batch."""
 
     @torch.no_grad()
-    def chat(talks: list[list[dict]]) -> list[Reply | TeacherError]:
-        tokenizer, render = processor.tokenizer, processor.apply_chat_template
-        texts = [render(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
-        parts = [part for talk in talks for message in talk for part in message["content"]]
-        images = [part["image"] for part in parts if part["type"] == "image"]
-        tokenizer.padding_side = "left"
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    def chat(talks: list[list[dict]], seconds: float) -> list[Reply | TeacherError]:
+        processor.tokenizer.padding_side = "left"
+        inputs = processor.apply_chat_template(
+            talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=max_tokens, max_time=seconds, do_sample=False)
         out = out[:, inputs["input_ids"].shape[1] :]
-        used = (out != tokenizer.pad_token_id).sum(1).tolist()
-        return [*map(Reply, tokenizer.batch_decode(out, skip_special_tokens=True), used)]
+        used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
+        return [*map(Reply, processor.batch_decode(out, skip_special_tokens=True), used)]
 
     return chat

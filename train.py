@@ -13,9 +13,11 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ from typing import Literal
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -48,10 +50,17 @@ class Config:
     seed: int = setting(0, "of everything random (ours)")
 
     method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)")
-    teacher: Literal["scripted", "local"] = setting("scripted", "scripted reads records' evidence")
-    teacher_model: str = setting("", "folder or hub name of the local teacher")
+    teacher: Literal["scripted", "local", "remote"] = setting(
+        "scripted", "scripted reads the records' evidence; remote: any OpenAI-compatible endpoint")
+    teacher_model: str = setting("", "the teacher: local folder or hub name, or the remote's name")
+    teacher_url: str = setting("", "of the endpoint; its key is read from TEACHER_API_KEY (ours)")
+    teacher_device: str = setting("", "of the local teacher; empty: the student's (ours)")
+    teacher_workers: int = setting(8, "diagnoses at a time per process, remote (ours)")
+    teacher_max_tokens: int = setting(2048, "of a reply (ours)")
+    teacher_timeout: float = setting(240.0, "seconds that a diagnosis may take (ours)")
+    teacher_step_timeout: float = setting(480.0, "seconds for all diagnoses of a step (ours)")
+    teacher_cache: str = setting("", "folder of replies; without a url they are replayed (ours)")
     teacher_sees_answer: bool = setting(True, "False: the paper's 'no GT reference'")
-    teacher_timeout: float = setting(300.0, "seconds of silence that fail a turn (ours)")
     patch_pictures: bool = setting(True, "False: the paper's 'no visual context'")
     kappa: float = setting(0.3, "κ, the patch tax on a repaired rollout's reward")
     lam: float = setting(0.0, "λ, weight of alignment; 0 is the paper's equation (ours)")
@@ -90,6 +99,7 @@ TINY = {
 }
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
+SPENT = ("calls", "hits", "tokens", "seconds", "refused")  # of the teacher, see diagnose
 SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
 
 
@@ -106,7 +116,9 @@ def parse(arguments: list[str]) -> Config:
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
-        (c.teacher == "local" and not c.teacher_model, "--teacher local needs --teacher_model"),
+        (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
+        (c.teacher == "remote" and not (c.teacher_url or c.teacher_cache),
+         "--teacher remote needs --teacher_url, or --teacher_cache to replay"),
     ]:
         if refused:
             raise SystemExit(f"train.py: {why}")
@@ -139,18 +151,31 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
     """The brain that the settings name, inside the protocol of teacher.py."""
     if config.method == "grpo":
         return None
+    name, most = config.teacher_model, config.teacher_max_tokens
     if config.teacher == "local":
-        processor = AutoProcessor.from_pretrained(config.teacher_model)
-        model = AutoModelForImageTextToText.from_pretrained(config.teacher_model, dtype="auto")
-        chat = teacher.local(model.to(device).eval(), processor)
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+        chat = teacher.local(model.to(config.teacher_device or device).eval(), processor, most)
+    elif config.teacher == "remote":
+        chat, key = None, os.environ.get("TEACHER_API_KEY", "").strip()
+        if config.teacher_url:
+            chat = teacher.remote(config.teacher_url, name, key, most)
+            hello = [{"role": "user", "content": [{"type": "text", "text": "Say OK."}]}]
+            (said,) = chat([hello], config.teacher_timeout)
+            if isinstance(said, teacher.TeacherError):
+                raise SystemExit(f"train.py: no teacher '{name}' at {config.teacher_url} ({said}); "
+                                 "without --teacher_url a --teacher_cache is replayed")
     else:
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
             raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up")
-        chat = teacher.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
+        chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
+    remote, paid = config.teacher == "remote", config.teacher != "scripted"
     return partial(
-        teacher.diagnose, chat=chat, show_answer=config.teacher_sees_answer,
+        teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=config.teacher_sees_answer,
         num_frames=config.num_frames, timeout=config.teacher_timeout,
+        step_timeout=config.teacher_step_timeout, workers=config.teacher_workers if remote else 0,
+        cache=config.teacher_cache if paid else "", brain=repr((config.teacher, name, most)),
     )
 
 
@@ -171,12 +196,16 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     for step in range(steps):
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
-        questions = open_questions(student, pick(samples, step, config, accelerator), spare)
-        groups = ffr.find_fix_reason(student, questions, config.num_rollouts, teach,
-                                     config.kappa, config.lam, (config.seed, step))
+        questions = ffr.open_questions(student, pick(samples, step, config, accelerator), spare)
+        spent = Counter()
+        groups = ffr.find_fix_reason(
+            student, questions, config.num_rollouts, teach and partial(teach, spent=spent),
+            config.kappa, config.lam, (config.seed, step),
+        )
         rollouts = [rollout for group in groups for rollout in group]
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
-        rows = gather_object([ffr.describe(r) for r, w in zip(rollouts, weights) if w])
+        counted = [(q, r) for q, group in zip(questions, groups) for r in group if q.counts]
+        rows = gather_object([ffr.describe(q, r) for q, r in counted])
         # A_i within each group; the rows, and so the batch's std, are of all processes
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
         batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
@@ -194,6 +223,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
                     "skipped": weights.count(0.0) / config.num_rollouts,
+                    **{f"teacher_{k}": spent[k] for k in SPENT},
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
@@ -202,7 +232,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
             with open(f"{config.out}/metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             if shown * steps <= step * SHOWN:
-                shown += show_repair(config, questions, groups, step + 1)
+                shown += ffr.show_repair(config, questions, groups, step + 1)
         line = "unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}"
         bar.set_postfix_str(line.format(**metrics))
         bar.update()
@@ -222,44 +252,18 @@ def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
     return [samples[i] for i in order[start : start + count]]
 
 
-def open_questions(student, samples, spare) -> list[ffr.Question]:
-    """Open each sample. One that fails costs that record: `spare` stands in, without counting, so
-    that all processes keep in step."""
-    questions = []
-    for sample in samples:
-        try:
-            questions.append(ffr.open_question(student, sample))
-        except ValueError as error:
-            tqdm.write(f"skipped: {error}")
-            questions.append(replace(spare, counts=False))
-    return questions
-
-
 def evaluate(accelerator, student, samples, teach, spare) -> dict[str, float]:
     """Greedy accuracy on held-out records: unaided, and with the teacher's help where it failed."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     processes, rows = accelerator.num_processes, []
     mine = samples[accelerator.process_index :: processes]
     for start in range(0, -(-len(samples) // processes), EVALUATED):
-        questions = open_questions(student, mine[start : start + EVALUATED], spare)
+        questions = ffr.open_questions(student, mine[start : start + EVALUATED], spare)
         questions = questions or [replace(spare, counts=False)]  # to keep in step
         groups = ffr.find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
-        rows += [ffr.describe(group[0]) for group, q in zip(groups, questions) if q.counts]
+        rows += [ffr.describe(q, group[0]) for group, q in zip(groups, questions) if q.counts]
     right = [(not row["failure"], row["fix"]) for row in gather_object(rows)]
     return dict(zip(("unaided", "assisted"), (sum(r) / len(r) for r in zip(*right))))
-
-
-def show_repair(config: Config, questions, groups, step: int) -> bool:
-    """Write the step's first repair that came out right, as text and as a picture."""
-    pairs = [(q, r) for q, group in zip(questions, groups) for r in group]
-    for question, rollout in [(q, r) for q, r in pairs if r.failed and r.score.correct][:1]:
-        safe = re.sub(r"[^\w-]", "_", question.sample.id)
-        file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
-        text, picture = ffr.draw_repair(question, rollout, config.kappa, config.lam)
-        file.with_suffix(".txt").write_text(text, encoding="utf-8")
-        picture.save(file)
-        return True
-    return False
 
 
 # --- tiny mode ---
@@ -332,7 +336,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
-    accelerator = Accelerator(cpu=cpu, log_with=config.log_with or None, project_dir=config.out)
+    patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # of waiting processes
+    accelerator = Accelerator(
+        cpu=cpu, log_with=config.log_with or None, project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
     if accelerator.device.type == "cpu":  # the launchers leave one thread to each process

@@ -81,13 +81,13 @@ def calls(folder, out):
     generate = student.model.generate
     student.model.generate = lambda *a, **k: counts.update(generate=1) or generate(*a, **k)
     model = accelerator.prepare(student.model)
-    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
 
     def helps(cases):
-        return teacher.diagnose(cases, chat)
+        return teacher.diagnose(cases, chat, ffr.gate)
 
     def raises(cases):
-        return teacher.diagnose(cases, lambda talks: 1 / 0)
+        return teacher.diagnose(cases, lambda talks, seconds: 1 / 0, ffr.gate)
 
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
     if rank == 0:  # and one of its records does not open

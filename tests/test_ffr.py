@@ -138,21 +138,23 @@ def test_kappa_shifts_exactly_the_repaired_rewards(student, questions, teach):
 
 
 def faults(teach):
-    def raises(talks):
+    def raises(talks, seconds):
         raise RuntimeError("out of memory")
 
-    def hangs(talks):
+    def hangs(talks, seconds):
         time.sleep(20)
+
+    def diagnose(chat, **settings):
+        return lambda cases: teacher.diagnose(cases, chat, ffr.gate, **settings)
 
     leaking = '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'
     return {
         "declined": lambda cases: [TeacherError("declined")] * len(cases),
-        "raised": lambda cases: teacher.diagnose(cases, raises),
-        "timeout": lambda cases: teacher.diagnose(cases, hangs, timeout=0.2),
-        "leak": lambda cases: teacher.diagnose(
-            cases, lambda talks: [teacher.Reply(leaking % cases[0].answer)] * len(talks)),
-        "malformed": lambda cases: teacher.diagnose(
-            cases, lambda talks: [teacher.Reply("no idea")] * len(talks)),
+        "raised": diagnose(raises),
+        "timeout": diagnose(hangs, timeout=0.2),
+        "leak": lambda cases: diagnose(
+            lambda talks, _: [(leaking % cases[0].answer, 0)] * len(talks))(cases),
+        "malformed": diagnose(lambda talks, _: [("no idea", 0)] * len(talks)),
     }
 
 

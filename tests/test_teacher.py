@@ -1,17 +1,37 @@
 """The protocol around any brain: tools, reply, limits, leak gate, and what goes wrong."""
 
+import base64
+import io
 import json
+import threading
 import time
+from collections import Counter
 
 import pytest
 from PIL import Image
 
+import data
+import ffr
 import teacher
-from teacher import Case, EvidencePatch, Region, Reply, TeacherError, diagnose, leak, run_tool
+from teacher import Case, EvidencePatch, Region, Reply, TeacherError, run_tool
+
+
+def diagnose(cases, chat, **settings):
+    return teacher.diagnose(cases, chat, ffr.gate, **settings)
+
+
+def image_of(part):
+    url = part["image_url"]["url"]
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def red(part):
+    """The index of a clip's frame, which is its red value, as well as JPEG keeps it."""
+    return round(image_of(part).getpixel((0, 0))[0] / 4)
 
 
 class Clip:
-    """40 frames at 10 fps; the frame's index is its red value."""
+    """40 frames at 10 fps; the frame's index is a quarter of its red value."""
 
     fps = 10.0
 
@@ -21,7 +41,7 @@ class Clip:
     def frame(self, index):
         if index == 14:
             raise ValueError("frame 14 does not decode")
-        return Image.new("RGB", (100, 50), (index, 0, 0))
+        return Image.new("RGB", (100, 50), (4 * index, 0, 0))
 
 
 def make_case(**changes):
@@ -41,7 +61,7 @@ def brain(*texts):
     """A brain that says these texts in turn, and keeps the conversations it was given."""
     talks_seen = []
 
-    def chat(talks):
+    def chat(talks, seconds):
         talks_seen.append([list(talk) for talk in talks])
         return [Reply(texts[len(talks_seen) - 1], 7) for _ in talks]
 
@@ -51,11 +71,11 @@ def brain(*texts):
 
 def test_tools_return_pictures_of_the_original_video():
     label, picture = run_tool("get_frame", "4", Clip())
-    assert label["text"] == "frame 4 (0.40 s)" and picture["image"].getpixel((0, 0)) == (4, 0, 0)
+    assert label["text"] == "frame 4 (0.40 s)" and red(picture) == 4
     _, crop = run_tool("zoom_region", "frame_index=4, x1=0.1, y1=0, x2=0.5, y2=1", Clip())
-    assert crop["image"].size == (40, 50)
+    assert image_of(crop).size == (40, 50)
     parts = run_tool("get_temporal_segment", "10, 20, stride=5", Clip())
-    assert [p["image"].getpixel((0, 0))[0] for p in parts[1::2]] == [10, 15, 20]
+    assert [red(part) for part in parts[1::2]] == [10, 15, 20]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +104,10 @@ def test_tool_loop_hands_pictures_back_and_returns_the_patch():
     chat = brain("TOOL_CALL: get_frame(4)\nTOOL_CALL: get_frame(99)", patch_json())
     (patch,) = diagnose([make_case()], chat)
     assert patch.error_type == "temporal" and patch.guidance == "follow the hand"
-    assert (patch.key_frames, patch.spans, patch.tokens) == ([4], [(4, 6)], 14)
+    assert (patch.key_frames, patch.spans) == ([4], [(4, 6)])
     assert patch.transcript[0] == "get_frame(4)" and "failed" in patch.transcript[1]
     answered = chat.seen[1][0][-1]["content"]
-    assert [p["type"] for p in answered] == ["text", "image", "text"]
+    assert [p["type"] for p in answered] == ["text", "image_url", "text"]
     assert "only 0 to 39" in answered[2]["text"]
 
 
@@ -96,7 +116,7 @@ def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_onl
         chat = brain(patch_json())
         diagnose([make_case()], chat, show_answer=shown, num_frames=5)
         content = chat.seen[0][0][1]["content"]
-        pictures = [p["image"].getpixel((0, 0))[0] for p in content if p["type"] == "image"]
+        pictures = [red(part) for part in content if part["type"] == "image_url"]
         assert pictures == [0, 10, 20, 29, 39]
         assert ("book" in content[0]["text"]) is shown
 
@@ -121,28 +141,6 @@ def test_patch_does_not_answer_where_or_when():
     assert where.regions == [] and where.spans
     assert when.spans == [] and not when.show_times and when.regions
     assert what.regions and what.spans and what.show_times
-
-
-@pytest.mark.parametrize(
-    "words, case, leaks",
-    [
-        ("it is the book", {}, True),
-        ("The answer is near the end", {}, True),
-        ("see what the hand leaves behind", {}, False),
-        ("choose option B", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, True),
-        ("read the word taxi", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, True),
-        ("read the sign", {"answer": "B", "options": ["A. Bus", "B. Taxi"]}, False),
-        ("a sign passes", {"answer": "A", "options": ["A. Bus", "B. Taxi"]}, False),
-        ("there are three of them", {"answer": "3"}, True),
-        ("there are 3 of them", {"answer": "three"}, True),
-        ("count them again", {"answer": "3"}, False),
-        ("it turns RED, Blue!", {"answer": "red blue"}, True),
-    ],
-)
-def test_leak_gate_knows_the_answer(words, case, leaks):
-    assert (leak(EvidencePatch("temporal", words), make_case(**case)) is not None) is leaks
-    marked = EvidencePatch("spatial", "", regions=[Region(0, (0, 0, 1, 1), words)])
-    assert (leak(marked, make_case(**case)) is not None) is leaks
 
 
 def test_leaking_patch_is_asked_for_once_more_then_reduced():
@@ -180,37 +178,36 @@ def test_malformed_reply_is_a_teacher_error(text):
 
 
 def test_one_case_fails_alone():
-    def chat(talks):
+    def chat(talks, seconds):
         return [TeacherError("busy"), Reply(patch_json()), Reply("prose")][: len(talks)]
 
     broken = make_case(video=type("Broken", (Clip,), {"frame": lambda s, i: Clip.frame(s, 14)})())
-    first, second, third, fourth = diagnose([make_case(), make_case(), make_case(), broken], chat)
+    cases = [make_case(response=words) for words in "abc"]
+    first, second, third, fourth = diagnose([*cases, broken], chat)
     assert [e.cause for e in (first, third, fourth)] == ["busy", "malformed", "video"]
     assert isinstance(second, EvidencePatch)
 
 
 def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
-    def raises(talks):
+    def raises(talks, seconds):
         raise ConnectionError("no route")
 
-    def hangs(talks):
+    def hangs(talks, seconds):
         time.sleep(30)
 
     began = time.time()
     causes = [
         diagnose([make_case()], chat, timeout=0.2)[0].cause
-        for chat in (raises, hangs, lambda talks: [], lambda talks: None, lambda talks: ["text"])
+        for chat in (raises, hangs, lambda *_: [], lambda *_: None, lambda *_: [3], lambda *_: [(3, 1)])
     ]
-    assert causes == ["raised", "timeout", "protocol", "raised", "protocol"] and time.time() - began < 5
-    assert diagnose([make_case()], lambda talks: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
+    assert causes == ["raised", "timeout", *["raised"] * 4] and time.time() - began < 5
+    assert diagnose([make_case()], lambda *_: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
 
 
 def test_scripted_brain_names_the_step_that_failed(samples):
-    import data
-
     sample = samples[0]
     cue, look = sample.truth["cue"], sample.truth["look"]
-    chat = teacher.scripted({sample.id: sample.truth["evidence"]})
+    chat = data.scripted({sample.id: sample.truth["evidence"]})
     video = data.Video(sample.path)
 
     def patch(*cited):
@@ -223,17 +220,15 @@ def test_scripted_brain_names_the_step_that_failed(samples):
     assert patch(cue, look).error_type == "spatial"
     assert patch(cue, look).transcript[0].startswith("zoom_region")
     unknown = Case("else", "?", [], "x", "", video)
-    assert diagnose([unknown], chat)[0].cause == "unknown"
+    assert diagnose([unknown], chat)[0].cause == "malformed"
 
 
 def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
     """A tiny random model cannot diagnose, but every part of the plumbing is real."""
-    import data
-
     chat = teacher.local(student.model, student.processor, max_tokens=5)
     cases = [Case(s.id, s.question, [], s.answer, "hm", data.Video(s.path)) for s in samples[:3]]
     talks = [teacher.first_messages(case, True, n) for case, n in zip(cases, (2, 4, 3))]
-    replies = chat(talks)
+    replies = chat(talks, 60.0)
     assert len(replies) == 3 and all(isinstance(r, Reply) and 0 < r.tokens <= 5 for r in replies)
-    assert chat(talks[1:2])[0].text == replies[1].text  # padding changes nothing
+    assert chat(talks[1:2], 60.0)[0].text == replies[1].text  # padding changes nothing
     assert [e.cause for e in diagnose(cases, chat)] == ["malformed"] * 3

@@ -1,0 +1,378 @@
+"""The remote brain against a real HTTP server on loopback, and what each of its faults costs."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from test_train import recorded_update, some_right, train_once  # noqa: F401
+
+import data
+import ffr
+import teacher
+import train
+from teacher import EvidencePatch, TeacherError
+
+KEY = "sk-not-for-anyones-eyes-4711"
+
+
+class Endpoint(ThreadingHTTPServer):
+    """An OpenAI-compatible server. `fault(messages, times)` says what it sends for a conversation
+    that it is asked for the `times`-th time: None as it should be, else (status, headers, body)."""
+
+    daemon_threads = True
+
+    def __init__(self, samples):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.brain = data.scripted({s.id: s.truth["evidence"] for s in samples})
+        self.reset()
+
+    def reset(self):
+        self.fault, self.seen, self.headers = (lambda messages, times: None), Counter(), []
+
+    def handle_error(self, request, client_address):
+        pass  # a client that stopped waiting
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        talk = json.dumps(body["messages"])
+        self.server.seen[talk] += 1
+        self.server.headers.append(dict(self.headers))
+        sent = self.server.fault(body["messages"], self.server.seen[talk])
+        if sent is None:
+            hello = len(body["messages"]) == 1
+            sent = say("OK" if hello else self.server.brain([body["messages"]], 1.0)[0][0])
+        status, headers, payload = sent
+        if status == 0:  # hang up without a word
+            return
+        self.send_response(status)
+        for name, value in {"content-length": str(len(payload)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+def say(text, tokens=7):
+    message = {"role": "assistant", "content": text}
+    body = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"total_tokens": tokens}}
+    return 200, {"content-type": "application/json"}, json.dumps(body).encode()
+
+
+@pytest.fixture(scope="module")
+def server(samples):
+    server = Endpoint(samples)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def endpoint(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setenv("TEACHER_API_KEY", KEY + "\n")
+    server.reset()
+    return server
+
+
+def slow(messages, times):
+    time.sleep(3)
+
+
+def leaking(answer_of):
+    def fault(messages, times):
+        opening = messages[1]["content"][0]["text"]
+        return say(patch_of(content=f"it is {answer_of(opening)}"))
+
+    return fault
+
+
+def patch_of(**evidence):
+    body = {"error_classification": "spatial", "evidence_patch": evidence}
+    return f"<think>.</think><answer>{json.dumps(body)}</answer>"
+
+
+def answer_in(opening):
+    return opening.partition("Reference answer, for you alone: ")[2].partition("\n")[0]
+
+
+def first(*replies):
+    """These replies first, then as it should be: `None` ones are as it should be too."""
+    return lambda messages, times: replies[times - 1] if times <= len(replies) else None
+
+
+def turns(*texts):
+    """These words on the turns of the conversation, then as it should be on its first turns."""
+
+    def fault(messages, times):
+        turn = len(messages) // 2 - 1
+        return say(texts[turn]) if turn < len(texts) else None
+
+    return fault
+
+
+TRUNCATED = (200, {}, say("x")[2][:-9])
+FAULTS = {  # what the endpoint does to one case, and the cause that the metrics name, if it fails
+    "a normal reply": (lambda messages, times: None, None),
+    "two turns of tools": (turns("TOOL_CALL: get_temporal_segment(2, 6, stride=2)"), None),
+    "a slow reply past the deadline": (slow, "timeout"),
+    "429 with Retry-After": (first((429, {"retry-after": "1"}, b"{}")), None),
+    "500 twice": (first((500, {}, b"oh"), (503, {}, b"no")), None),
+    "500 for ever": (lambda messages, times: (500, {}, b"oh"), "http_500"),
+    "400": (lambda messages, times: (400, {}, b'{"error": "no pictures"}'), "http_400"),
+    "a connection that breaks": (lambda messages, times: (0, {}, b""), "connection"),
+    "truncated JSON": (lambda messages, times: TRUNCATED, "malformed"),
+    "JSON of wrong types": (lambda messages, times: (200, {}, b'{"choices": {"a": [1]}}'), "malformed"),
+    "content that is no text": (lambda messages, times: say(None), "malformed"),
+    "an unknown tool": (turns("TOOL_CALL: format_disk(1)"), None),
+    "arguments out of range": (turns("TOOL_CALL: zoom_region(3, 0, 0, 7, 1)"), None),
+    "NaN": (turns("TOOL_CALL: get_frame(nan)"), None),
+    "a billion frames": (turns("TOOL_CALL: get_temporal_segment(0, 1000000000)"), None),
+    "only tools": (turns(*["TOOL_CALL: get_frame(1)"] * 9), "turns"),
+    "50 MB": (lambda messages, times: say("word " * 10_000_000), "malformed"),
+    "a reply that leaks": (leaking(answer_in), "leak"),
+    "prose": (lambda messages, times: say("I think it looked at the wrong place."), "malformed"),
+}
+
+
+def step(make_config, accelerator, samples, endpoint, monkeypatch, **settings):
+    """One training step with the remote teacher: its rollouts, advantages and metrics."""
+    config = make_config(teacher="remote", teacher_url=endpoint.url, teacher_model="m", max_steps=1,
+                         **{"teacher_timeout": 20, **settings})
+    calls, groups, round_ = recorded_update(monkeypatch), [], ffr.find_fix_reason
+    monkeypatch.setattr(
+        ffr, "find_fix_reason", lambda *a, **k: groups.append(round_(*a, **k)) or groups[-1])
+    teach = train.load_teacher(config, samples, "cpu")
+    _, (metrics,) = train_once(config, accelerator, samples, teach)
+    monkeypatch.setattr(ffr, "find_fix_reason", round_)
+    return [r for group in groups[0] for r in group], calls[0][6], metrics
+
+
+@pytest.fixture
+def whole(server):
+    """The step without a fault, made by the first test that needs it."""
+    return server.__dict__.setdefault("whole", [])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
+    name, make_config, accelerator, samples, endpoint, monkeypatch, some_right, whole  # noqa: F811
+):
+    whole = whole or whole.extend(
+        step(make_config, accelerator, samples, endpoint, monkeypatch)) or whole
+    reference, _, usual = whole
+    texts = Counter(r.first.text for r in reference)
+    marked = next(k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1)
+    endpoint.reset()
+    fault, cause = FAULTS[name]
+
+    def fault_of_one(messages, times):
+        text = messages[-1]["content"][0]["text"] if len(messages) < 2 else str(messages[1])
+        hit = json.dumps(reference[marked].first.text)[1:-1] in json.dumps(text)
+        return fault(messages, times) if hit else None
+
+    endpoint.fault = fault_of_one
+    began = time.time()
+    late = {"teacher_timeout": 1.5} if cause == "timeout" else {}
+    rollouts, advantages, metrics = step(
+        make_config, accelerator, samples, endpoint, monkeypatch, **late)
+    assert time.time() - began < 10
+    for k, (a, b) in enumerate(zip(reference, rollouts)):
+        assert a.first.completion.ids.tolist() == b.first.completion.ids.tolist()
+        assert torch.equal(a.first.completion.logps, b.first.completion.logps)
+        if k != marked or cause is None:
+            assert a.completion.ids.tolist() == b.completion.ids.tolist()
+            assert torch.equal(a.completion.logps, b.completion.logps) and a.reward == b.reward
+    hurt = rollouts[marked]
+    if cause is None:
+        assert hurt.patch.content == reference[marked].patch.content
+    else:
+        assert hurt.failed is None and hurt.error.cause == cause
+        assert hurt.reward == hurt.score.accuracy + hurt.score.format  # unrepaired, untaxed
+    assert metrics["teacher_failures"] == (cause is not None)
+    assert metrics.get(f"teacher_{cause}", 0) == (cause is not None)
+    rewards = [r.reward for r in rollouts]
+    for start in range(0, len(rewards), 3):  # A = (R - mean) / std, by hand
+        group = rewards[start : start + 3]
+        mean = sum(group) / 3
+        std = (sum((r - mean) ** 2 for r in group) / 2) ** 0.5
+        hand = [(r - mean) / (std + 1e-4) for r in group]
+        assert advantages[start : start + 3] == pytest.approx(hand, abs=1e-5)
+    asked = [n for talk, n in endpoint.seen.items() if len(json.loads(talk)) > 1]
+    if name == "400":
+        assert max(asked) == 1  # not tried again
+    if name == "500 for ever":
+        assert max(asked) == teacher.MAX_TRIES
+    if name in ("429 with Retry-After",):
+        assert time.time() - began > 1
+    if name == "a normal reply":
+        assert metrics["teacher_calls"] == 2 * len({r.first.text for r in rollouts if r.failed})
+        assert metrics["teacher_tokens"] == 7 * metrics["teacher_calls"]
+        assert metrics["patch_frames"] >= 1 and metrics["patch_seconds"] > 0
+
+
+def test_endpoint_that_cannot_be_used_ends_the_run_before_training(
+    make_config, samples, endpoint, monkeypatch
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    remote = dict(teacher="remote", teacher_model="m", teacher_timeout=2)
+    with pytest.raises(SystemExit, match="no teacher 'm' at .* connection"):
+        train.load_teacher(make_config(teacher_url=nobody, **remote), samples, "cpu")
+    endpoint.fault = lambda messages, times: (401, {}, f'{{"error": "bad key {KEY}"}}'.encode())
+    with pytest.raises(SystemExit, match="http_401") as stop:
+        train.load_teacher(make_config(teacher_url=endpoint.url, **remote), samples, "cpu")
+    assert KEY not in str(stop.value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="unset the `HF_HUB_OFFLINE`"):
+        train.load_teacher(make_config(teacher_url=endpoint.url, **remote), samples, "cpu")
+
+
+def test_endpoint_that_goes_away_in_the_run_is_plain_grpo_and_counted(
+    make_config, accelerator, samples, endpoint, monkeypatch, some_right  # noqa: F811
+):
+    endpoint.fault = lambda messages, times: (0, {}, b"") if len(messages) > 1 else None
+    rollouts, _, metrics = step(make_config, accelerator, samples, endpoint, monkeypatch)
+    plain = [r.score.accuracy + r.score.format for r in rollouts]
+    assert [r.reward for r in rollouts] == plain and metrics["intervention"] == 0
+    assert metrics["teacher_connection"] == metrics["teacher_failures"] == 6 * metrics["failure"] > 0
+
+
+def test_a_date_in_retry_after_is_honoured(endpoint):
+    wait = formatdate(time.time() + 2, usegmt=True)  # HTTP dates have whole seconds
+    endpoint.fault = first((429, {"retry-after": wait}, b"{}"), say("hello"))
+    chat, began = teacher.remote(endpoint.url, "m"), time.time()
+    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert chat([talk], 9.0) == [("hello", 7)] and 0.9 < time.time() - began < 4
+    endpoint.fault = lambda messages, times: (429, {"retry-after": "3600"}, b"{}")
+    began = time.time()
+    assert chat([talk], 5.0)[0].cause == "http_429" and time.time() - began < 1  # no use to wait
+
+
+def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
+    make_config, accelerator, samples, endpoint, monkeypatch, tmp_path, some_right  # noqa: F811
+):
+    def fault(messages, times):  # every other case fails, one way or another
+        kind = sum(map(ord, messages[1]["content"][0]["text"])) % 4 if len(messages) > 1 else 0
+        return [None, (400, {}, b"{}"), say("prose"), None][kind]
+
+    endpoint.fault = fault
+    cached = {"teacher_cache": str(tmp_path / "cache"), "teacher_sees_answer": False}
+    runs = []
+    for url in (endpoint.url, ""):
+        seen = endpoint.seen.total()
+        config = make_config(teacher="remote", teacher_url=url, teacher_model="m", max_steps=3,
+                             scale_rewards="none", **cached)
+        teach = train.load_teacher(config, samples, "cpu")
+        student, history = train_once(config, accelerator, samples, teach)
+        runs.append((history, [p.clone() for p in student.model.parameters()]))
+    assert endpoint.seen.total() == seen  # nothing was asked the second time
+    (first_run, weights), (second_run, again) = runs
+    spent = {"teacher_calls", "teacher_hits", "teacher_tokens", "teacher_seconds"}
+    for a, b in zip(first_run, second_run):
+        drop = spent | {"seconds_round", "seconds_update"}
+        assert {k: v for k, v in a.items() if k not in drop} == {
+            k: v for k, v in b.items() if k not in drop}
+        assert b["teacher_calls"] == b["teacher_tokens"] == 0
+        assert a["teacher_calls"] + a["teacher_hits"] == b["teacher_hits"]
+    assert all(map(torch.equal, weights, again))
+    total = Counter()
+    for row in first_run:
+        total.update({k: v for k, v in row.items() if k.startswith("teacher_")})
+    assert total["teacher_http_400"] > 0 < total["teacher_malformed"] and total["teacher_calls"] > 5
+    other = make_config(teacher="remote", teacher_model="another", **cached)
+    teach = train.load_teacher(other, samples, "cpu")  # another teacher's replies are not in it
+    assert {e.cause for e in teach([ffr.case_of(ffr.Question(samples[0], data.Video(
+        samples[0].path), [], []), "hm")])} == {"miss"}
+
+
+def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_others(
+    samples, endpoint
+):
+    videos = [data.Video(s.path) for s in samples]
+    cases = [teacher.Case(s.id, s.question, [], s.answer, f"{n}", v)
+             for s, v in zip(samples, videos) for n in (1, 1, 2)]
+    chat, spent = teacher.remote(endpoint.url, "m", KEY), Counter()
+    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, spent=spent)
+    assert all(isinstance(v, EvidencePatch) for v in verdicts) and spent["calls"] == 2 * 12
+    hang = cases[2].response
+    endpoint.fault = lambda messages, times: (
+        slow(0, 0) if f"{samples[0].id}\n" in str(messages).replace("\\n", "\n")
+        and f"response:\\n{hang}\\n" in str(messages) else None)
+    began = time.time()
+    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, timeout=1.5)
+    assert [isinstance(v, TeacherError) for v in verdicts] == [k == 2 for k in range(18)]
+    assert verdicts[2].cause == "timeout" and time.time() - began < 2.5
+    endpoint.fault = slow
+    began = time.time()
+    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=2, step_timeout=1.0)
+    assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2  # of 12 x 3 s
+
+
+def test_the_key_is_sent_to_the_endpoint_and_found_nowhere_else(
+    make_config, accelerator, samples, endpoint, monkeypatch, tmp_path, some_right, caplog, capsys  # noqa: F811
+):
+    """Not even where the endpoint sends it back, in an error, in a reply, in a header."""
+    caplog.set_level(logging.DEBUG)
+
+    def echo(messages, times):
+        kind = sum(map(ord, messages[1]["content"][0]["text"])) % 3 if len(messages) > 1 else 9
+        words = patch_of(content=f"look at {KEY}", key_frames=[1])
+        return {0: (403, {"x-error-message": f"no {KEY}"}, KEY.encode()), 1: say(words)}.get(kind)
+
+    endpoint.fault = echo
+    settings = {"teacher_cache": str(tmp_path / "cache"), "save_steps": 1}
+    rollouts, _, metrics = step(make_config, accelerator, samples, endpoint, monkeypatch, **settings)
+    assert {h["Authorization"] for h in endpoint.headers} == {f"Bearer {KEY}"}
+    assert metrics["teacher_http_403"] > 0 and any(r.patch and "[key]" in r.patch.guidance for r in rollouts)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.parent.name == "cache" for file in files) and any(
+        "checkpoint" in str(file) for file in files)
+    written = b"".join(file.read_bytes() for file in files)
+    said = caplog.text + "".join(capsys.readouterr()) + "".join(
+        f"{r.error!r}{vars(r.error)}" for r in rollouts if r.error)
+    assert KEY.encode() not in written and KEY not in said
+
+
+def test_without_a_key_the_users_hub_token_is_not_sent(endpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("hf_private")
+    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    teacher.remote(endpoint.url, "m")([talk], 5.0)
+    assert "hf_private" not in str(endpoint.headers)
+
+
+def test_cache_is_whole_whoever_writes_it(tmp_path):
+    """Many writers of one entry and a reader: never half a file."""
+    file, bad = Path(tmp_path / "c" / "entry.json"), []
+    replies = [teacher.Reply("x" * 50_000, 1), TeacherError("http_500", "y" * 90_000)]
+
+    def write(k):
+        for _ in range(60):
+            teacher._store(file, replies[k % 2])
+
+    writers = [threading.Thread(target=write, args=(k,)) for k in range(4)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        reply = teacher._load(file)
+        whole = reply is None or reply == replies[0] or str(reply) == str(replies[1])
+        bad += [] if whole else [reply]
+    assert not bad and len(list(file.parent.iterdir())) == 1
