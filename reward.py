@@ -1,10 +1,11 @@
-"""Rewards of FFR: strings and numbers in, numbers out.
+"""What rules can judge of FFR: strings and numbers in, numbers out.
 
     R      accuracy reward, graded where the problem type is     `accuracy_reward`
     z      1 where the rule-based verifier accepts the answer    `verify`
     R_fmt  1 where the response has the asked-for form           `format_reward`
     align  does the rationale cite the patch's moments (ours)    `alignment`
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
+    leak   do a teacher's words give y away (ours)               `leak`, `asks_for`
 
 Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1); ours: alignment, and when a graded answer
 counts as failed. Standard library only; imports no sibling.
@@ -193,36 +194,38 @@ COUNTS = {name: n for n, names in zip([*range(21), *range(30, 101, 10), 0.5, 0.2
     "zero none nobody|one once single sole|two twice pair couple both double|three triple trio|"
     "four|five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"
     "seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|"
-    "half|quarter"
+    "half halve|quarter"
 ).split("|")) for name in names.split()}
 FORMS = {form: forms.split()[0] for forms in (
     "throw threw thrown|take took|hold held|sit sat|stand stood|run ran|give gave|eat ate|go went|"
-    "drink drank drunk|break broke broken|fall fell|write wrote|draw drew drawn|drive drove|lie lay|"
+    "drink drank drunk|break broke broken|fall fell|write wrote|draw drew drawn|drive drove|"
     "ride rode|tear tore torn|catch caught|bring brought|build built|make made|wear wore worn|"
-    "hide hid|tie tying|lose lost|back behind").split("|") for form in forms.split()}
+    "hide hid|tie tying|lose lost|freeze froze frozen|shake shook|swing swung|spin spun|hang hung|"
+    "stick stuck|strike struck|slide slid|sing sang sung|light lit|leap leapt|lie lay|back behind"
+).split("|") for form in forms.split()}
 COMMON = set(
     "a an the it its this that these those there he she his her him you your they them their i me "
-    "my we and or so than then as of in on at to into onto from by with for is are was were be been "
-    "being do does did has have had will would can could may might must because who which "
+    "my we and or so than then as of in on at to into onto from by with for is are was were be "
+    "been being do does did has have had will would can could may might must because who which "
     "what".split())
 WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
 NOT = (r"\b(not|no|never|neither|nor|0|nothing|without|ignore|forget|exclude|instead of|wrong|"
        r"rather than|rule[sd]? out|hardly|unlikely|any ?more)\b|n't\b")
+NTH = r"(first|second|third|fourth|fifth|last|final|penultimate|middle|top|bottom)"
 SAYS = (r"\b(right|correct|true|actual|best) (option|choice|answer|value|number|count|one is)\b|"
-        r"\banswer (is|was|lies|has|should|would|must)\b|\b(opposite|reverse) of\b|other way a?round|"
-        r"\bshould (have|be) (picked|said|chosen|answered|been|counted)\b|"
-        r"\b(first|second|third|fourth|fifth|last|final|penultimate|middle|top|bottom) "
-        r"(one )?(in |on |of )?(the )?(listed |given |\d )?(options?|choices?|list)\b")
+        r"\b(the|your) answer (is|was|lies|has|should|would|must)\b|other way a?round|"
+        r"\b(opposite|reverse) of\b|\bshould have (picked|said|chosen|answered|been|counted)\b|"
+        rf"\b{NTH}\b[^.]*\b(options?|choices?|list(ed)?)\b|\b(options?|choices?|list)\b[^.]*\b{NTH}\b")
 LETTERS = (r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
            r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|[(\"'“]([a-h])[)\"'”]|\b([a-h])\)")
 CORRECTS = (r"\b(more|fewer|less|too|short|shy|off|missed|overlooked|forgot|skipped|left out|extra|"
-            r"add|as (many|much|long|high)|halve|exactly|precisely|total|altogether)\b")
+            r"add|\d as (many|much|long|high|far|heavy)|exactly|precisely|total|altogether)\b")
 YOURS = r"\byour (count|estimate|number|figure)|\byou (counted|missed|left|gave|said|named|took)\b"
-AFTER = r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|because)\b"
+AFTER = (r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|time|"
+         r"moment)\b")
 ASSERTS = (r"\b(yes|not|no|never|nothing|indeed|clearly|really|is|are|was|were|does|did|has|had)\b|"
-           r"n't\b|\w (do|have|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?"
-           r"(?!camera|shot|view)\w+ \w+(s|ed)\b|\b(it|he|she|they|there|you) "
-           r"(?!(to|in|on|at|from|a|again|with|and|back|out|up)\b)\w")
+           r"n't\b|\w (do|have|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?\w+ \w+(s|ed)\b|"
+           r"\b(it|he|she|they|there|you) (?!(to|in|on|at|from|a|again|with|and|back|out|up)\b)\w")
 ADVERBS = (r"\bright (?=(after|before|when|as|at|where|behind|there|in|up|through|until|next|to|by)"
            r"\b)|\b(keep|look|take|have|watch)(ing)? (?=(on|at|in|an?|it|track|watching|your)\b)")
 
@@ -240,13 +243,14 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", answer.strip())
     own = [o for o in options if letter and re.match(rf"\W*{letter[1]}\b", o)]
     texts = [_canonical(re.sub(r"^\W*[A-Za-z][.):]+\s*", "", o)) for o in [*own, *options]]
-    right = texts[0] if own else _canonical(answer)
+    right = texts[0] if own else _canonical(re.sub(r"\bpairs? of ", "", answer))
     named = {"".join(found).upper() for found in re.findall(LETTERS, words)}
     named -= {*re.findall(r"(?<=\w )[A-H]\b", question)}  # 'player B'
     if re.search(SAYS, low) or letter and named and len(named) < max(len(options), 2):
         return "it speaks of the answer"
     runs = re.findall(r"\b\w(?:(?:\W|then|and)+\w\b){2,}", words.casefold())
-    runs = [re.sub(r"\W|then|and", "", run) for run in runs]
+    runs += ["".join(re.findall(r"(?<![\w'’-])[A-Z\d](?![\w'’-])", words)).casefold()]
+    runs = [run for run in (re.sub(r"\W|then|and", "", run) for run in runs) if run[2:]]
     initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))
     spelled = re.sub(r"\W", "", right)
     if any(run in spelled or spelled in run for run in runs if spelled[2:]) or (
@@ -256,12 +260,16 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
         return "it gives a time"
     low = low if "time" in asked else re.sub(TIMES, " ", low)
     if "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
-        clauses = _clauses(re.sub(r"\b(do not|don't)\b", "", low))
+        told = r"\b(do not|don't|(notice|note|observe|see)( \w+)? that)\b"
+        clauses = _clauses(re.sub(told, ";", low))
+        clauses = [c for c in clauses if not re.search(r"\b(camera|shot|view|replay|clip)\b", c)]
         if any(re.search(ASSERTS, re.split(AFTER, clause)[0]) for clause in clauses):
             return "it says yes or no"
     if goal := re.fullmatch(rf"\W*({NUMBER})(\W+\w+)?\W*", right):
         return "it gives the number" if _counted(low, q, float(goal[1])) else None
-    others = [text for text in texts if text != right] or _alternatives(q, right)
+    others = [text for text in texts if text != right]
+    if not others and (pairs := _alternatives(q, right)):
+        others, right = [a for a, _ in pairs], " ".join(b for _, b in pairs)
     return _contained(re.sub(ADVERBS, "", low), q, right, others, asked, bool(options))
 
 
@@ -271,6 +279,8 @@ def _canonical(text: str) -> str:
     text = re.sub(r"\bnot (a single|one|any)\b", "0", re.sub(r"(?<=\d),(?=\d)", ".", text))
     text = re.sub(rf"\b(?:an? )?({'|'.join(COUNTS)})s?\b", lambda m: str(COUNTS[m[1]]), text)
     text = re.sub(r"\b([2-9])0[ -]([1-9])\b", r"\1\2", text)
+    text = re.sub(r"\b(ha[sd]|have|he|she|they) left\b", "leave", text)
+    text = re.sub(r"\ban? ([a-z]+) and 0\.5", r"1.5 \1", re.sub(r"\b(\d+) and 0\.5", r"\1.5", text))
     return re.sub(rf"\b({NUMBER})[ -](100|12|0\.5|0\.25)\b",
                   lambda m: f"{float(m[1]) * float(m[2]):g}", text)
 
@@ -290,15 +300,16 @@ def _clauses(text: str) -> list[str]:
     return re.split(r"[;:!?–—]|[.,](?!\d)| and | but ", text)
 
 
-def _alternatives(q: str, right: str) -> list[str]:
-    """'Open or closed?' and 'one of: …' are as good as options."""
-    q, own = re.sub(r"\b(the|an?) ", "", q), {*_stems(right)}
+def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
+    """'Open or closed?' and 'one of: …' are as good as options: (wrong, right) ones."""
+    q, own = q.replace("/", " or "), {*_stems(right)}
+    q = re.sub(r"\b(the|an?|to|in|on|at|by|from) ", "", q)
     pieces = [" ".join(re.findall(r"[\w'-]+", piece)) for piece in re.split(r"[,:;?.]| or ", q)]
     if right in pieces:
-        return [p for p in pieces if p != right and len(p.split()) == len(right.split())]
+        return [(p, right) for p in pieces if p != right and len(p.split()) == len(right.split())]
     pairs = [*re.findall(r"(\w+) or (\w+)", q), *re.findall(r"(\w+ \w+) or (\w+ \w+)", q)]
     pairs += [(b, a) for a, b in pairs]
-    return [a for a, b in pairs if {*_stems(b)} <= own and not own & {*_stems(a)}]
+    return [(a, b) for a, b in pairs if {*_stems(b)} <= own and not own & {*_stems(a)}]
 
 
 def _counted(low: str, q: str, goal: float) -> bool:
@@ -307,7 +318,9 @@ def _counted(low: str, q: str, goal: float) -> bool:
     values = []
 
     def near(x: float) -> bool:
-        return abs(x - goal) <= (0.1 * goal if goal % 1 or goal > 20 else 0)
+        units = (1, 0.001, 0.01, 100, 1000) if x % 1 or x > 20 else (1,)
+        spare = 0.1 * goal if goal % 1 or goal > 20 else 0
+        return any(abs(x * unit - goal) <= spare for unit in units)
 
     for label, number in re.findall(rf"(\w+) ({NUMBER})\b", q):  # 'player 2'
         given[float(number)] = label
@@ -315,12 +328,12 @@ def _counted(low: str, q: str, goal: float) -> bool:
         value, before, after = float(m[0]), low[: m.start()], low[m.end() :]
         if value in given and (value != goal or before.endswith(f"{given[value]} ")):
             continue
-        counted = nouns & {*_stems(after[:25])[:2]} or re.match(r"\s*of th(em|[eo]se)\b", after)
+        counted = nouns & {*_stems(after[:25])[:2]}
+        counted = counted or nouns and re.match(r"\s*of th(em|[eo]se)\b", after)
         alone = re.search(r"\b(only|just|exactly|is|are|than) (an? )?$", before)
         if value == 1 and not counted and not alone:
             continue
-        scales = (1, 0.01, 100, 1000) if value % 1 or value > 20 else (1,)
-        if counted or any(near(value * scale) for scale in scales):
+        if counted or near(value):
             return True
         values.append(value)
     runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a > 1]
