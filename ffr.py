@@ -216,7 +216,7 @@ def find_fix_reason(
         try:
             if isinstance(verdict, TeacherError):
                 raise verdict
-            key = (id(asked[k][0]), verdict.content)  # equal patches share a prompt
+            key = (id(asked[k][0]), repr(verdict))  # equal patches share a prompt
             encoded[key] = encoded.get(key) or encode(student, asked[k][0], verdict)
             repairs.append((k, verdict, encoded[key]))
         except TeacherError as error:  # τ_i stays in the group with its plain reward, untaxed

@@ -34,7 +34,7 @@ MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; fram
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
 MAX_TRIES, BACKOFF = 4, 1.0  # of a request; seconds before the second, doubled from then on
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-CLIPS = threading.Lock()  # a video reader serves one thread at a time
+LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a time
 
 
 class Clip(Protocol):
@@ -76,13 +76,9 @@ class EvidencePatch:
     spans: list[tuple[int, int]] = field(default_factory=list)  # first and last frame of moments
     regions: list[Region] = field(default_factory=list)
     show_times: bool = True  # False where the question asks for a time
-    refusals: list[str] = field(default_factory=list)  # why the gate refused earlier versions
-    transcript: list[str] = field(default_factory=list)  # the tool calls that led here
-
-    @property
-    def content(self) -> str:
-        """All that the student is shown: equal patches have equal content."""
-        return repr(replace(self, refusals=[], transcript=[]))
+    # Not shown: why the gate refused earlier versions, and the tool calls that led here.
+    refusals: list[str] = field(default_factory=list, repr=False)
+    transcript: list[str] = field(default_factory=list, repr=False)
 
 
 class TeacherError(Exception):
@@ -93,16 +89,9 @@ class TeacherError(Exception):
         self.cause, self.detail = cause, detail
 
 
-class Reply(NamedTuple):
-    text: str
-    tokens: int = 0
-
-
-# A brain: conversations and the seconds it may take → for each its words and how many tokens they
-# took, or why there are none.
-Chat = Callable[[list[list[dict]], float], list[tuple[str, int] | TeacherError]]
-# Takes out of a patch what must not be in it; returns why its words give the answer away, or None.
-Gate = Callable[[EvidencePatch, Case], str | None]
+Reply = tuple[str, int] | TeacherError  # its words, and how many tokens they took
+Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations, seconds it may take
+Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may take things out of it
 
 
 SYSTEM = """\
@@ -118,9 +107,8 @@ TOOL_CALL: zoom_region(frame_index, x1, y1, x2, y2)
 TOOL_CALL: get_temporal_segment(start_frame, end_frame, stride=1)
 When you know, reply with exactly this and no tool call:
 <think>your diagnosis</think><answer>{"error_classification": "temporal", "evidence_patch":
-{"content": "what to look for, one or two sentences", "key_frames": [12], "temporal_markers":
-[[10, 14]], "spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "a hand"}]}}
-</answer>
+{"content": "one or two sentences", "key_frames": [12], "temporal_markers": [[10, 14]],
+"spatial_regions": [{"frame": 12, "box": [0.1, 0.2, 0.5, 0.6], "what": "a hand"}]}}</answer>
 The content directs attention, it never tells the result. By what the question asks for:
 - what colour, which object, what is written, who: say where or when to look, not what is there
 - is it there: say which moments to go through, neither yes nor no
@@ -227,9 +215,8 @@ def parse_patch(text: str, video: Clip) -> EvidencePatch:
         patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
         for start, end in evidence.get("temporal_markers") or []:
             patch.spans.append(tuple(sorted((_index(start, video), _index(end, video)))))
-        for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]:
-            region = Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
-            patch.regions.append(region)
+        patch.regions = [Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
+                         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]]
     except (*BAD_DATA, StopIteration) as error:
         raise TeacherError("malformed", _plain(str(error))) from error
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
@@ -251,35 +238,33 @@ def diagnose(
     With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time, each
     on its own. One may take `timeout` seconds, all together `step_timeout`. `cache`: a folder of
     replies, keyed by all that the brain is shown and by `brain`, its name and settings; failures
-    are replayed too, and with `chat` None nothing else is. Equal cases are diagnosed once. Adds to
-    `spent`: calls, hits of the cache, tokens and seconds of the brain, patches refused."""
+    replay too, and with `chat` None nothing is asked. Equal cases are diagnosed once. `spent` is
+    added to: calls, hits (of the cache), tokens, seconds, patches refused."""
     distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
     batches = [[case] for case in distinct.values()] if workers else [[*distinct.values()]]
+    spent = Counter() if spent is None else spent
 
-    def work(batch: list[Case]) -> tuple[list[EvidencePatch | TeacherError], Counter]:
-        stop, cost = min(end, time.monotonic() + timeout), Counter()
-        loops = [_tool_loop(case, gate, show_answer, num_frames, cost) for case in batch]
-        results, replies = {}, dict.fromkeys(range(len(batch)))
+    def work(batch: list[Case]) -> list[EvidencePatch | TeacherError]:
+        stop, results = min(end, time.monotonic() + timeout), {}
+        loops = [_tool_loop(case, gate, show_answer, num_frames, spent) for case in batch]
+        replies = dict.fromkeys(range(len(batch)))
         while replies:
             talks = {}
             for i, reply in replies.items():
                 try:
-                    with CLIPS:
+                    with LOCK:
                         talks[i] = loops[i].send(reply)
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
                     results[i] = getattr(last, "value", last)
-            replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, cost)))
-        return [results[i] for i in range(len(batch))], cost
+            replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
+        return [results[i] for i in range(len(batch))]
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        done = [*pool.map(work, batches)]
-    for cost in [cost for _, cost in done if spent is not None]:
-        spent.update(cost)
-    results = dict(zip(distinct, (result for results, _ in done for result in results)))
+        results = dict(zip(distinct, (r for batch in pool.map(work, batches) for r in batch)))
     return [results[repr(case)] for case in cases]
 
 
-def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, cost: Counter):
+def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent: Counter):
     """One conversation, as a generator: yields it, is sent the reply, returns the patch. A turn
     calls tools, whose pictures are handed back, or closes with the JSON. A patch that leaks is
     asked for once more with the reason, then reduced to its frames, times and regions."""
@@ -292,75 +277,76 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, cost:
         reply, parts = (yield talk), []
         if isinstance(reply, TeacherError):
             raise reply
-        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", reply.text)[:MAX_CALLS]
+        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", reply[0])[:MAX_CALLS]
         for name, arguments in calls:
             transcript.append(f"{name}({arguments})")
             try:
                 parts += run_tool(name, arguments, case.video)
-            except (ArithmeticError, ValueError, RuntimeError, OSError) as error:
+            except (*BAD_DATA, OSError) as error:
                 parts.append(_text(f"{name} failed: {error}"))
                 transcript[-1] += f" failed: {error}"
         if not calls:
-            patch = parse_patch(reply.text, case.video)
+            patch = parse_patch(reply[0], case.video)
             if reason := gate(patch, case):
                 refusals.append(reason)
-                cost["refused"] += 1
+                spent["refused"] += 1
                 patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
             if reason is None or len(refusals) > 1:
                 if patch.guidance or patch.key_frames or patch.spans or patch.regions:
                     return replace(patch, transcript=transcript, refusals=refusals)
                 raise TeacherError("leak" if reason else "malformed", reason or "an empty patch")
             parts = [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
-        talk.append({"role": "assistant", "content": [_text(reply.text)]})
+        talk.append({"role": "assistant", "content": [_text(reply[0])]})
         talk.append({"role": "user", "content": parts})
     raise TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
 
 def _ask(
-    talks: list, chat: Chat | None, end: float, cache: str, brain: str, cost: Counter
-) -> list[Reply | TeacherError]:
+    talks: list, chat: Chat | None, end: float, cache: str, brain: str, spent: Counter
+) -> list[Reply]:
     """The next reply of each conversation: from the cache, else from the brain, called in a thread
     so that one that hangs costs no more than its time."""
     keys = [hashlib.sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
     replies = [_load(Path(cache, key)) if cache else None for key in keys]
     asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
-    late = TeacherError("timeout", "no reply in time")
-    fresh = [late if chat else TeacherError("miss", "not in the cache")] * len(asked)
+    fresh = [TeacherError("timeout" if chat else "miss", "no reply in time")] * len(asked)
 
     def call():
         try:
             said = chat([talks[i] for i in asked], end - began)
             fresh[:] = [reply if isinstance(reply, TeacherError) else
-                        Reply(_plain(reply[0][:MAX_REPLY]), int(reply[1]))
+                        (_plain(reply[0][:MAX_REPLY]), int(reply[1]))
                         for _, reply in zip(asked, said, strict=True)]
         except Exception as error:  # whatever a brain raises costs its cases, never the run
-            fault = TeacherError("raised", _plain(f"{type(error).__name__}: {error}"))
-            fresh[:] = [fault] * len(asked)
+            raised = _plain(f"{type(error).__name__}: {error}")
+            fresh[:] = [TeacherError("raised", raised)] * len(asked)
 
     if chat and asked and end > began:
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
         thread.join(end - began)
-    for i, reply in zip(asked, list(fresh)):  # a copy: what comes later is too late
-        replies[i] = reply
-        if chat:
-            cost.update(calls=1, tokens=getattr(reply, "tokens", 0))
-        if chat and cache:
-            _store(Path(cache, keys[i]), reply)
-    cost.update(hits=len(talks) - len(asked), seconds=time.monotonic() - began)
+    for i, replies[i] in zip(asked, list(fresh)):  # a copy: what comes later is too late
+        if cache and chat:
+            _store(Path(cache, keys[i]), replies[i])
+    with LOCK:
+        tokens = sum(replies[i][1] for i in asked if isinstance(replies[i], tuple))
+        spent.update(calls=len(asked) if chat else 0, hits=len(talks) - len(asked), tokens=tokens,
+                     seconds=time.monotonic() - began)
     return replies
 
 
-def _load(file: Path) -> Reply | TeacherError | None:
-    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return record and (TeacherError if "cause" in record else Reply)(**record)
+def _load(file: Path) -> Reply | None:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or spoilt
+        return None
+    return TeacherError(**record) if isinstance(record, dict) else tuple(record)
 
 
-def _store(file: Path, reply: Reply | TeacherError) -> None:
-    record = reply._asdict() if isinstance(reply, Reply) else vars(reply)
+def _store(file: Path, reply: Reply) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    part.write_text(json.dumps(record), encoding="utf-8")
+    part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
     part.replace(file)  # other processes see all of it or nothing
 
 
@@ -370,7 +356,7 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
     429 and 5xx are tried again while there is time, other 4xx are not. `key` stays in here."""
     from huggingface_hub import InferenceClient
 
-    def complete(talk: list[dict], end: float) -> Reply | TeacherError:
+    def complete(talk: list[dict], end: float) -> Reply:
         for attempt in range(MAX_TRIES):
             left = max(end - time.monotonic(), 0.01)
             # Without a key the client would send the user's own hub token to this endpoint.
@@ -378,7 +364,7 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             try:
                 out = client.chat_completion(talk, model=model, max_tokens=max_tokens)
                 text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
-                return Reply(text.replace(key or "\0", "[key]"), int(tokens or 0))
+                return text.replace(key or "\0", "[key]"), int(tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
                 status = getattr(getattr(error, "response", None), "status_code", 0)
                 cause = (f"http_{status}" if status else "malformed" if isinstance(error, BAD_DATA)
@@ -400,15 +386,14 @@ def local(model, processor, max_tokens: int = 2048) -> Chat:
     """A brain that is a transformers vision-language model; all conversations go in one batch."""
 
     @torch.no_grad()
-    def chat(talks: list[list[dict]], seconds: float) -> list[Reply | TeacherError]:
+    def chat(talks: list[list[dict]], seconds: float) -> list[Reply]:
         processor.tokenizer.padding_side = "left"
         inputs = processor.apply_chat_template(
             talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
+            processor_kwargs={"padding": True}).to(model.device)
         out = model.generate(**inputs, max_new_tokens=max_tokens, max_time=seconds, do_sample=False)
         out = out[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
-        return [*map(Reply, processor.batch_decode(out, skip_special_tokens=True), used)]
+        return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
     return chat

@@ -160,8 +160,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
         chat, key = None, os.environ.get("TEACHER_API_KEY", "").strip()
         if config.teacher_url:
             chat = teacher.remote(config.teacher_url, name, key, most)
-            hello = [{"role": "user", "content": [{"type": "text", "text": "Say OK."}]}]
-            (said,) = chat([hello], config.teacher_timeout)
+            (said,) = chat([[{"role": "user", "content": "Say OK."}]], config.teacher_timeout)
             if isinstance(said, teacher.TeacherError):
                 raise SystemExit(f"train.py: no teacher '{name}' at {config.teacher_url} ({said}); "
                                  "without --teacher_url a --teacher_cache is replayed")
@@ -170,12 +169,13 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
         if not found:
             raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up")
         chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
-    remote, paid = config.teacher == "remote", config.teacher != "scripted"
     return partial(
         teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=config.teacher_sees_answer,
         num_frames=config.num_frames, timeout=config.teacher_timeout,
-        step_timeout=config.teacher_step_timeout, workers=config.teacher_workers if remote else 0,
-        cache=config.teacher_cache if paid else "", brain=repr((config.teacher, name, most)),
+        step_timeout=config.teacher_step_timeout,
+        workers=config.teacher_workers if config.teacher == "remote" else 0,
+        cache=config.teacher_cache if config.teacher != "scripted" else "",
+        brain=repr((config.teacher, name, most)),
     )
 
 
@@ -198,10 +198,9 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, config, accelerator), spare)
         spent = Counter()
-        groups = ffr.find_fix_reason(
-            student, questions, config.num_rollouts, teach and partial(teach, spent=spent),
-            config.kappa, config.lam, (config.seed, step),
-        )
+        ask = teach and partial(teach, spent=spent)
+        groups = ffr.find_fix_reason(student, questions, config.num_rollouts, ask, config.kappa,
+                                     config.lam, (config.seed, step))
         rollouts = [rollout for group in groups for rollout in group]
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
         counted = [(q, r) for q, group in zip(questions, groups) for r in group if q.counts]
@@ -336,11 +335,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
-    patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # of waiting processes
-    accelerator = Accelerator(
-        cpu=cpu, log_with=config.log_with or None, project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
-    )
+    patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # with a slow teacher
+    accelerator = Accelerator(cpu=cpu, log_with=config.log_with or None, project_dir=config.out,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
     if accelerator.device.type == "cpu":  # the launchers leave one thread to each process

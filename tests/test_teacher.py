@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import threading
 import time
-from collections import Counter
 
 import pytest
 from PIL import Image
@@ -13,7 +11,7 @@ from PIL import Image
 import data
 import ffr
 import teacher
-from teacher import Case, EvidencePatch, Region, Reply, TeacherError, run_tool
+from teacher import Case, EvidencePatch, TeacherError, run_tool
 
 
 def diagnose(cases, chat, **settings):
@@ -63,7 +61,7 @@ def brain(*texts):
 
     def chat(talks, seconds):
         talks_seen.append([list(talk) for talk in talks])
-        return [Reply(texts[len(talks_seen) - 1], 7) for _ in talks]
+        return [(texts[len(talks_seen) - 1], 7) for _ in talks]
 
     chat.seen = talks_seen
     return chat
@@ -179,7 +177,7 @@ def test_malformed_reply_is_a_teacher_error(text):
 
 def test_one_case_fails_alone():
     def chat(talks, seconds):
-        return [TeacherError("busy"), Reply(patch_json()), Reply("prose")][: len(talks)]
+        return [TeacherError("busy"), (patch_json(), 0), ("prose", 0)][: len(talks)]
 
     broken = make_case(video=type("Broken", (Clip,), {"frame": lambda s, i: Clip.frame(s, 14)})())
     cases = [make_case(response=words) for words in "abc"]
@@ -201,7 +199,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
         for chat in (raises, hangs, lambda *_: [], lambda *_: None, lambda *_: [3], lambda *_: [(3, 1)])
     ]
     assert causes == ["raised", "timeout", *["raised"] * 4] and time.time() - began < 5
-    assert diagnose([make_case()], lambda *_: [Reply("TOOL_CALL: get_frame(1)")])[0].cause == "turns"
+    assert diagnose([make_case()], lambda *_: [("TOOL_CALL: get_frame(1)", 0)])[0].cause == "turns"
 
 
 def test_scripted_brain_names_the_step_that_failed(samples):
@@ -229,6 +227,6 @@ def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
     cases = [Case(s.id, s.question, [], s.answer, "hm", data.Video(s.path)) for s in samples[:3]]
     talks = [teacher.first_messages(case, True, n) for case, n in zip(cases, (2, 4, 3))]
     replies = chat(talks, 60.0)
-    assert len(replies) == 3 and all(isinstance(r, Reply) and 0 < r.tokens <= 5 for r in replies)
-    assert chat(talks[1:2], 60.0)[0].text == replies[1].text  # padding changes nothing
+    assert len(replies) == 3 and all(0 < tokens <= 5 for _, tokens in replies)
+    assert chat(talks[1:2], 60.0)[0] == replies[1]  # padding changes nothing
     assert [e.cause for e in diagnose(cases, chat)] == ["malformed"] * 3
