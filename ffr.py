@@ -316,7 +316,6 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
     the frames that the student saw and the patch's pictures."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence, *parts = render_patch(patch, question.video, question.spacing)
-    verdict = "right" if s.correct else "wrong"
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
     if lam * s.correct * rollout.align:
         reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
@@ -330,7 +329,7 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         ("First answer, wrong", rollout.failed.text.strip(), [], 0),
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", [], 0),
         ("Fix: the evidence patch", evidence["text"].strip(), given, 220),
-        (f"Reason: second answer, {verdict}", rollout.text.strip(), [], 0),
+        (f"Reason: second answer, {'right' if s.correct else 'wrong'}", rollout.text.strip(), [], 0),
         ("Reward", f"{reward} = {rollout.reward:.2f}", [], 0),
     ]
     font, bold, line, edge = ImageFont.load_default(19), ImageFont.load_default(23), 26, 24
@@ -358,12 +357,12 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
 
 def show_repair(config, questions: list[Question], groups: list, step: int) -> bool:
     """Write the step's first repair that came out right, as text and as a picture."""
-    pairs = [(q, r) for q, group in zip(questions, groups) for r in group]
-    for question, rollout in [(q, r) for q, r in pairs if r.failed and r.score.correct][:1]:
+    fixed = [(q, r) for q, group in zip(questions, groups) for r in group
+             if r.failed and r.score.correct]
+    for question, rollout in fixed[:1]:
         safe = re.sub(r"[^\w-]", "_", question.sample.id)
         file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
         text, picture = draw_repair(question, rollout, config.kappa, config.lam)
         file.with_suffix(".txt").write_text(text, encoding="utf-8")
         picture.save(file)
-        return True
-    return False
+    return bool(fixed)

@@ -204,10 +204,9 @@ FORMS = {form: forms.split()[0] for forms in (
     "stick stuck|strike struck|slide slid|sing sang sung|light lit|leap leapt|lie lay|back behind"
 ).split("|") for form in forms.split()}
 COMMON = set(
-    "a an the it its this that these those there he she his her him you your they them their i me "
-    "my we and or so than then as of in on at to into onto from by with for is are was were be "
-    "been being do does did has have had will would can could may might must because who which "
-    "what".split())
+    "a an the it its this that these those there he she his her him you your they them their i my we "
+    "me and or so than then as of in on at to into onto from by with for is are was were be been being "
+    "do does did has have had will would can could may might must because who which what".split())
 WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
 NOT = (r"\b(not|no|never|neither|nor|0|nothing|without|ignore|forget|exclude|instead of|wrong|"
        r"rather than|rule[sd]? out|hardly|unlikely|any ?more)\b|n't\b")
@@ -215,11 +214,12 @@ NTH = r"(first|second|third|fourth|fifth|last|final|penultimate|middle|top|botto
 SAYS = (r"\b(right|correct|true|actual|best) (option|choice|answer|value|number|count|one is)\b|"
         r"\b(the|your) answer (is|was|lies|has|should|would|must)\b|other way a?round|"
         r"\b(opposite|reverse) of\b|\bshould have (picked|said|chosen|answered|been|counted)\b|"
-        rf"\b{NTH}\b[^.]*\b(options?|choices?|list(ed)?)\b|\b(options?|choices?|list)\b[^.]*\b{NTH}\b")
+        rf"\b{NTH}\b[^.]*\b(option|choice|list(ed)?\b)|\b(option|choice|list\b)[^.]*\b{NTH}\b")
 LETTERS = (r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
            r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|[(\"'“]([a-h])[)\"'”]|\b([a-h])\)")
 CORRECTS = (r"\b(more|fewer|less|too|short|shy|off|missed|overlooked|forgot|skipped|left out|extra|"
             r"add|\d as (many|much|long|high|far|heavy)|exactly|precisely|total|altogether)\b")
+CLAUSE = r"[;:!?–—]|[.,](?!\d)| and | but "
 YOURS = r"\byour (count|estimate|number|figure)|\byou (counted|missed|left|gave|said|named|took)\b"
 AFTER = (r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|time|"
          r"moment)\b")
@@ -251,17 +251,17 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     runs = re.findall(r"\b\w(?:(?:\W|then|and)+\w\b){2,}", words.casefold())
     runs += ["".join(re.findall(r"(?<![\w'’-])[A-Z\d](?![\w'’-])", words)).casefold()]
     runs = [run for run in (re.sub(r"\W|then|and", "", run) for run in runs) if run[2:]]
-    initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))
     spelled = re.sub(r"\W", "", right)
-    if any(run in spelled or spelled in run for run in runs if spelled[2:]) or (
-            spelled[3:] and spelled in initials):
+    if spelled[3:]:  # 'kilo india'
+        runs.append("".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low)))
+    if spelled[2:] and any(run in spelled or spelled in run for run in runs):
         return "it spells the answer"
     if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}|\bhalfway\b", low):
         return "it gives a time"
     low = low if "time" in asked else re.sub(TIMES, " ", low)
     if "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
         told = r"\b(do not|don't|(notice|note|observe|see)( \w+)? that)\b"
-        clauses = _clauses(re.sub(told, ";", low))
+        clauses = re.split(CLAUSE, re.sub(told, ";", low))
         clauses = [c for c in clauses if not re.search(r"\b(camera|shot|view|replay|clip)\b", c)]
         if any(re.search(ASSERTS, re.split(AFTER, clause)[0]) for clause in clauses):
             return "it says yes or no"
@@ -296,10 +296,6 @@ def _stems(text: str) -> list[str]:
     return found
 
 
-def _clauses(text: str) -> list[str]:
-    return re.split(r"[;:!?–—]|[.,](?!\d)| and | but ", text)
-
-
 def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
     """'Open or closed?' and 'one of: …' are as good as options: (wrong, right) ones."""
     q, own = q.replace("/", " or "), {*_stems(right)}
@@ -314,7 +310,8 @@ def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
 
 def _counted(low: str, q: str, goal: float) -> bool:
     """Whether numbers in the text are the answer, make it up, or correct the student's."""
-    nouns, given = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}, {}
+    nouns = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}
+    given = {float(n): label for label, n in re.findall(rf"(\w+) ({NUMBER})\b", q)}  # 'player 2'
     values = []
 
     def near(x: float) -> bool:
@@ -322,8 +319,6 @@ def _counted(low: str, q: str, goal: float) -> bool:
         spare = 0.1 * goal if goal % 1 or goal > 20 else 0
         return any(abs(x * unit - goal) <= spare for unit in units)
 
-    for label, number in re.findall(rf"(\w+) ({NUMBER})\b", q):  # 'player 2'
-        given[float(number)] = label
     for m in re.finditer(NUMBER, low):
         value, before, after = float(m[0]), low[: m.start()], low[m.end() :]
         if value in given and (value != goal or before.endswith(f"{given[value]} ")):
@@ -336,15 +331,15 @@ def _counted(low: str, q: str, goal: float) -> bool:
         if counted or near(value):
             return True
         values.append(value)
-    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a > 1]
-    wrong = [c for c in _clauses(low) if re.search(NUMBER, c) and re.search(CORRECTS, c)]
+    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if 1 < b - a < 7]
+    wrong = [c for c in re.split(CLAUSE, low) if re.search(NUMBER, c) and re.search(CORRECTS, c)]
     yours = re.search(YOURS, low) and re.search(NUMBER, low)
     return bool(wrong or yours or any(near(sum(run)) or near(math.prod(run)) for run in runs))
 
 
 def _contained(low: str, q: str, right: str, others: list, asked: set, listed: bool) -> str | None:
     said, denied, known = set(), set(), {*_stems(q)}
-    for clause in _clauses(low):
+    for clause in re.split(CLAUSE, low):
         (denied if re.search(NOT, clause) else said).update(_stems(clause))
     said |= {a + b for a in said for b in said if min(len(a), len(b)) > 2}  # 'window sill'
     key, rest = {*_stems(right)}, [{*_stems(other)} for other in others]
@@ -367,8 +362,8 @@ def _contained(low: str, q: str, right: str, others: list, asked: set, listed: b
     if clear and not key <= said and not out & key - set().union(*rest):
         if all((other - shared - key) & out for other in rest):
             return "it rules out the others"
-    places = [low.find(item.strip(" .")) for item in re.split(r", | then | and |→", right)]
-    places = [place for place in places if place >= 0]
+    items = re.split(r", | then | and |→", right)
+    places = [place for item in items if (place := low.find(item.strip(" ."))) >= 0]
     if len(places) > 2 and places == sorted(places) and all(other == key for other in rest):
         steps = re.search(r"\b(then|next|follow\w*|finally|after|before|last|end|start)\b", low)
         return "it gives the order" if steps else None

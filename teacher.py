@@ -204,7 +204,8 @@ def parse_patch(text: str, video: Clip) -> EvidencePatch:
     tagged = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
 
     def words(value, most: int) -> str:  # without brackets that spell a student's special token
-        return " ".join(re.sub(r"[<>\[\]]", " ", _plain(str(value or ""))).split()[:most])
+        value = re.sub(r"[<>\[\]]", " ", _plain(str(value or "")))[: 15 * most]
+        return " ".join(value.split()[:most])
 
     try:
         reply = json.loads(tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1])

@@ -50,8 +50,7 @@ class Config:
     seed: int = setting(0, "of everything random (ours)")
 
     method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)")
-    teacher: Literal["scripted", "local", "remote"] = setting(
-        "scripted", "scripted reads the records' evidence; remote: any OpenAI-compatible endpoint")
+    teacher: Literal["scripted", "local", "remote"] = setting("scripted", "the teacher's brain")
     teacher_model: str = setting("", "the teacher: local folder or hub name, or the remote's name")
     teacher_url: str = setting("", "of the endpoint; its key is read from TEACHER_API_KEY (ours)")
     teacher_device: str = setting("", "of the local teacher; empty: the student's (ours)")
@@ -99,7 +98,6 @@ TINY = {
 }
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
-SPENT = ("calls", "hits", "tokens", "seconds", "refused")  # of the teacher, see diagnose
 SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
 
 
@@ -197,7 +195,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, config, accelerator), spare)
-        spent = Counter()
+        spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
         ask = teach and partial(teach, spent=spent)
         groups = ffr.find_fix_reason(student, questions, config.num_rollouts, ask, config.kappa,
                                      config.lam, (config.seed, step))
@@ -222,7 +220,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
                     "skipped": weights.count(0.0) / config.num_rollouts,
-                    **{f"teacher_{k}": spent[k] for k in SPENT},
+                    **{f"teacher_{k}": spent[k] for k in spent},
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)

@@ -1,0 +1,138 @@
+"""How well the leak gate works: `python tests/bench_leaks.py` writes `assets/leaks.json`.
+
+1. The leak set (`leaks.jsonl`): of the patches that state the answer, how many the gate catches; of
+   the clean ones, how many it refuses. One half was there to build the gate on, the other was
+   written by others and not looked at. `implied` ones give the answer by synonyms, descriptions or
+   world knowledge, which no rule on words can know; they are counted apart.
+2. The blind probe: a tiny student is trained to answer needle questions from the question and the
+   patch's text, without the video. What it gets right on new videos beyond what it gets right
+   without a patch is the measured leak.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import ffr  # noqa: E402
+import grpo  # noqa: E402
+import teacher  # noqa: E402
+import train  # noqa: E402
+from reward import leak  # noqa: E402
+
+HERE = Path(__file__).parent
+STEPS, TRAINED, TESTED, SEED = 400, 768, 512, 0
+
+
+def load() -> list[dict]:
+    lines = (HERE / "leaks.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def refused(record: dict) -> bool:
+    words = "; ".join([record["content"], *record["regions"]])
+    return leak(words, record["question"], record["options"], record["answer"]) is not None
+
+
+def rates(records: list[dict]) -> dict:
+    """Counts on the half that the gate was built on, and under `held_out` on the other."""
+
+    def count(half: str) -> dict:
+        among = [record for record in records if record["half"] == half]
+        names = {"leak": ("caught", "leaks"), "clean": ("refused", "clean"),
+                 "implied": ("implied_caught", "implied")}
+        found = {}
+        for label, (hit, all_) in names.items():
+            mine = [refused(record) for record in among if record["label"] == label]
+            found |= {hit: sum(mine), all_: len(mine)}
+        return found
+
+    return count("seen") | {"held_out": count("held_out")}
+
+
+# --- the blind probe ---
+def patch_texts(samples: list[data.Sample], leaks: bool, gate) -> list[str]:
+    """What the student would read of each sample's patch: the scripted teacher's, after a random
+    wrong answer, or that of one who says the answer."""
+    chat, rng = data.scripted({s.id: s.truth["evidence"] for s in samples}), random.Random(SEED)
+    answers = {s.id: s.answer for s in samples}
+
+    def tell(talks: list, seconds: float) -> list:
+        replies = []
+        for talk, (text, tokens) in zip(talks, chat(talks, seconds)):
+            case_id = talk[1]["content"][0]["text"].partition("\n")[0].removeprefix("Case: ")
+            for said in ("the flash is here", "count from the flash", "look at the square"):
+                text = text.replace(said, f"it is {answers[case_id]}")
+            replies.append((text, tokens))
+        return replies
+
+    texts = []
+    for sample in samples:
+        response = data.needle_rationale(sample.truth, rng.randrange(8), sample.truth["look"])
+        video = data.Video(sample.path)
+        case = teacher.Case(sample.id, sample.question, [], sample.answer, response, video)
+        (patch,) = teacher.diagnose([case], tell if leaks else chat, gate)
+        texts.append(ffr.render_patch(patch, video, 0.5)[0]["text"])
+    return texts
+
+
+def answered(student: ffr.Student, trained: list, tested: list) -> float:
+    """Train on (text, answer) pairs, return the share of new ones answered right, greedily."""
+
+    def encode(text: str) -> dict:
+        chat = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        return dict(student.processor(text=[ffr.render_chat(student.processor, chat)],
+                                      return_tensors="pt"))
+
+    tokenizer, rng = student.processor.tokenizer, random.Random(SEED)
+    pairs = [(encode(text), torch.tensor(tokenizer(answer + tokenizer.eos_token)["input_ids"]))
+             for text, answer in trained]
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        prompts, ids = zip(*rng.sample(pairs, 32))
+        logps, _, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
+        (-(logps * mask).sum() / mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    done = grpo.generate(student.model, [encode(text) for text, _ in tested], [0] * len(tested),
+                         student.sampling, 1, False)
+    said = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
+    return sum(a == b for a, (_, b) in zip(said, tested)) / len(tested)
+
+
+def blind_probe() -> dict:
+    shares, no_gate = {}, lambda patch, case: None
+    conditions = {"question_alone": None, "patch": (False, ffr.gate),
+                  "leaking_teacher": (True, no_gate), "leaking_teacher_gated": (True, ffr.gate)}
+    with tempfile.TemporaryDirectory() as folder:
+        samples = data.load_samples(data.needle_videos(f"{folder}/n", TRAINED + TESTED, SEED + 70))
+        data.tiny_student(f"{folder}/model", samples, SEED)
+        arguments = [x for k, v in train.TINY.items() for x in (f"--{k}", str(v))]
+        arguments += ["--model", f"{folder}/model", "--data", f"{folder}/n/records.jsonl"]
+        config, accelerator = train.parse(arguments), train.Accelerator(cpu=True)
+        for name, how in conditions.items():
+            texts = patch_texts(samples, *how) if how else [""] * len(samples)
+            pairs = [(s.question + text, s.answer) for s, text in zip(samples, texts)]
+            student = train.load_student(config, accelerator)
+            student.sampling = ffr.Sampling(**vars(student.sampling) | {"temperature": 0.0})
+            shares[name] = answered(student, pairs[:TRAINED], pairs[TRAINED:])
+            print(f"  {name:24} {shares[name]:.3f}", flush=True)
+    return shares | {"chance": round(1 / 64, 4), "videos": TESTED, "steps": STEPS, "seed": SEED}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    found = rates(load())
+    for half, among in (("built on", found), ("held out", found["held_out"])):
+        print("  {0:9} caught {caught} of {leaks}, refused {refused} of {clean} clean, "
+              "caught {implied_caught} of {implied} implied".format(half, **among))
+    print("  answered right without the video:")
+    found["blind_probe"] = blind_probe()
+    out = HERE.parent / "assets" / "leaks.json"
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
