@@ -329,7 +329,7 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         ("First answer, wrong", rollout.failed.text.strip(), [], 0),
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", [], 0),
         ("Fix: the evidence patch", evidence["text"].strip(), given, 220),
-        (f"Reason: second answer, {'right' if s.correct else 'wrong'}", rollout.text.strip(), [], 0),
+        (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), [], 0),
         ("Reward", f"{reward} = {rollout.reward:.2f}", [], 0),
     ]
     font, bold, line, edge = ImageFont.load_default(19), ImageFont.load_default(23), 26, 24

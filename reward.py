@@ -204,9 +204,10 @@ FORMS = {form: forms.split()[0] for forms in (
     "stick stuck|strike struck|slide slid|sing sang sung|light lit|leap leapt|lie lay|back behind"
 ).split("|") for form in forms.split()}
 COMMON = set(
-    "a an the it its this that these those there he she his her him you your they them their i my we "
-    "me and or so than then as of in on at to into onto from by with for is are was were be been being "
-    "do does did has have had will would can could may might must because who which what".split())
+    "a an the it its this that these those there he she his her him you your they them their i my "
+    "we me and or so than then as of in on at to into onto from by with for is are was were be "
+    "been being do does did has have had will would can could may might must because who which "
+    "what".split())
 WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
 NOT = (r"\b(not|no|never|neither|nor|0|nothing|without|ignore|forget|exclude|instead of|wrong|"
        r"rather than|rule[sd]? out|hardly|unlikely|any ?more)\b|n't\b")
@@ -310,9 +311,8 @@ def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
 
 def _counted(low: str, q: str, goal: float) -> bool:
     """Whether numbers in the text are the answer, make it up, or correct the student's."""
-    nouns = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}
+    nouns, values = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}, []
     given = {float(n): label for label, n in re.findall(rf"(\w+) ({NUMBER})\b", q)}  # 'player 2'
-    values = []
 
     def near(x: float) -> bool:
         units = (1, 0.001, 0.01, 100, 1000) if x % 1 or x > 20 else (1,)
