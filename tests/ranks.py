@@ -1,4 +1,4 @@
-"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|run FOLDER …`."""
+"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|run FOLDER …`."""
 
 import json
 import sys
@@ -108,6 +108,24 @@ def calls(folder, out):
         Path(out).write_text(json.dumps(gathered))
 
 
+def raises(folder, out):
+    """Some steps with a teacher on both ranks, then with one that raises on every call of rank 1."""
+    accelerator, student, samples = setup(folder)
+    chat, facts = data.scripted({s.id: s.truth["evidence"] for s in samples}), {}
+    spare = ffr.open_question(student, samples[0])
+    for name in ("normal", "raising"):
+        config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
+        Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
+        broken = name == "raising" and accelerator.process_index == 1
+        brain = (lambda talks, seconds: 1 / 0) if broken else chat
+        teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)
+        history = train.train(config, accelerator, replace(student, config=config), samples * 2,
+                              teach, spare)
+        facts[name] = [row | {"processes": accelerator.num_processes} for row in history]
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(facts))
+
+
 def run(folder, *arguments):
     """train.py itself, on fewer videos."""
     train.NEEDLES = {"cold": (16, 1), "train": (12, 2), "held_out": (5, 3)}
@@ -116,4 +134,4 @@ def run(folder, *arguments):
 
 
 if __name__ == "__main__":
-    {"gradient": gradient, "calls": calls, "run": run}[sys.argv[1]](*sys.argv[2:])
+    {"gradient": gradient, "calls": calls, "raises": raises, "run": run}[sys.argv[1]](*sys.argv[2:])

@@ -23,6 +23,16 @@ def test_the_table_is_the_measured_one():
         assert re.search(rf"^  {name} +{re.escape(shown)}$", README, re.MULTILINE), name
 
 
+def test_leak_table_is_the_measured_one():
+    found = json.loads((ROOT / "assets" / "leaks.json").read_text())
+    for name, half in (("built on", found), ("held out", found["held_out"])):
+        row = "| {0} | {caught} of {leaks} | {refused} of {clean} | {implied_caught} of {implied} |"
+        assert row.format(name, **half) in README
+    probe = found["blind_probe"]
+    for share in ("question_alone", "patch", "leaking_teacher", "leaking_teacher_gated", "chance"):
+        assert f"{probe[share]:.3f}" in README
+
+
 def test_measured_run_shows_what_is_claimed():
     run = json.loads((ROOT / "assets" / "tiny.json").read_text())
     assert run["unaided_after"] - run["unaided_before"] >= 0.30
@@ -30,7 +40,7 @@ def test_measured_run_shows_what_is_claimed():
     assert run["seconds"] < 360
 
 
-@pytest.mark.parametrize("name", ["assets/repair.png", "LICENSE", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["assets/repair.png", "assets/leaks.json", "LICENSE", "requirements-dev.txt"])
 def test_named_files_are_there(name):
     assert name.split("/")[-1] in README or name == "LICENSE"
     assert (ROOT / name).is_file()

@@ -253,6 +253,18 @@ def test_ranks_make_the_same_calls_whatever_fails_on_one(folder, model_folder, t
     assert zero["finite"] and one["finite"]
 
 
+def test_a_rank_whose_teacher_always_raises_does_not_hold_the_step(folder, model_folder, tmp_path):
+    torchrun(2, "raises", folder, tmp_path / "raises.json")
+    facts = json.loads((tmp_path / "raises.json").read_text())
+    seconds = {name: sorted(row["seconds_round"] + row["seconds_update"] for row in rows)[1]
+               for name, rows in facts.items()}
+    assert seconds["raising"] <= 2 * seconds["normal"]
+    for normal, raising in zip(facts["normal"], facts["raising"]):
+        assert raising["processes"] == 2 and normal["teacher_failures"] == 0
+        assert 0 < raising["teacher_raised"] == raising["teacher_failures"]
+        assert raising["intervention"] > 0  # the other rank's are repaired
+
+
 def test_whole_job_runs_on_two_processes(tmp_path):
     said = torchrun(2, "run", tmp_path, "--cold_start_steps", 4, "--max_steps", 3,
                     "--questions_per_device", 2, "--num_rollouts", 2)
