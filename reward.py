@@ -253,9 +253,9 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     runs += ["".join(re.findall(r"(?<![\w'’-])[A-Z\d](?![\w'’-])", words)).casefold()]
     runs = [run for run in (re.sub(r"\W|then|and", "", run) for run in runs) if run[2:]]
     spelled = re.sub(r"\W", "", right)
-    if spelled[3:]:  # 'kilo india'
-        runs.append("".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low)))
-    if spelled[2:] and any(run in spelled or spelled in run for run in runs):
+    initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))  # 'kilo india'
+    letters = spelled[2:] and any(run in spelled or spelled in run for run in runs)
+    if letters or spelled[3:] and spelled in initials:
         return "it spells the answer"
     if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}|\bhalfway\b", low):
         return "it gives a time"
