@@ -4,7 +4,7 @@
     student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8, Video-R1's record format; the needle videos are ours. Imports no sibling.
+Sources: FFR Table 8, Video-R1's record format; needle videos and `scripted` are ours. No sibling.
 """
 
 import json

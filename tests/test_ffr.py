@@ -72,6 +72,16 @@ def test_prompt_template_takes_any_characters(student, samples):
     assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
 
 
+def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
+    """FFR Table 2, "no visual context": the same patch, its region given by its corners."""
+    patch = EvidencePatch("spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.2, 0.5, 0.6), "sign")])
+    blind = with_config(student, patch_pictures=False)
+    seen, unseen = (ffr.encode(s, questions[0], patch) for s in (student, blind))
+    assert "pixel_values" in seen and "pixel_values" not in unseen
+    (part,) = ffr.render_patch(patch, questions[0].video, questions[0].spacing, pictures=False)
+    assert "0.10 0.20 0.50 0.60: sign" in part["text"] and "Guidance: look" in part["text"]
+
+
 def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
     video = questions[0].video
     patch = EvidencePatch("spatial", "", [4], [(4, 5)], [Region(4, (0.25, 0.25, 0.75, 0.5), "it")])

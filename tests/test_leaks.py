@@ -48,7 +48,7 @@ WORD = ("What is written on the sign?", [], "TAXI")
         ("look at second 12", TIME, True),
         ("wait for the change of brightness", TIME, False),
         ("it reads T-A-X-I", WORD, True),
-        ("tango, alpha, x-ray, india", WORD, True),
+        ("tango, alpha, xray, india", WORD, True),
         ("t", WORD, False),
         ("", WORD, False),
         ("read the letters one by one", WORD, False),

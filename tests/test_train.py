@@ -253,6 +253,25 @@ def test_ranks_make_the_same_calls_whatever_fails_on_one(folder, model_folder, t
     assert zero["finite"] and one["finite"]
 
 
+def test_local_teacher_takes_all_failures_of_a_step_in_one_batch_per_turn(
+    make_config, accelerator, samples, model_folder, monkeypatch
+):
+    """A random model as the teacher: it says nothing of use, in one `generate` for all six."""
+    config = make_config(teacher="local", teacher_model=model_folder, teacher_max_tokens=4,
+                         teacher_device="cpu", max_steps=1)
+    batches, local = [], train.teacher.local
+
+    def counted(*args):
+        chat = local(*args)
+        return lambda talks, seconds: batches.append(len(talks)) or chat(talks, seconds)
+
+    monkeypatch.setattr(train.teacher, "local", counted)
+    teach = train.load_teacher(config, samples, accelerator.device)
+    _, (metrics,) = train_once(config, accelerator, samples, teach)
+    assert batches == [metrics["teacher_calls"]] and metrics["teacher_malformed"] == 6
+    assert 0 < metrics["teacher_tokens"] <= 4 * 6 and metrics["teacher_seconds"] > 0
+
+
 def test_a_rank_whose_teacher_always_raises_does_not_hold_the_step(folder, model_folder, tmp_path):
     torchrun(2, "raises", folder, tmp_path / "raises.json")
     facts = json.loads((tmp_path / "raises.json").read_text())
