@@ -257,7 +257,7 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     letters = spelled[2:] and any(run in spelled or spelled in run for run in runs)
     if letters or spelled[3:] and spelled in initials:
         return "it spells the answer"
-    if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}|\bhalfway\b", low):
+    if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}", low):
         return "it gives a time"
     low = low if "time" in asked else re.sub(TIMES, " ", low)
     if "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
@@ -311,8 +311,8 @@ def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
 
 def _counted(low: str, q: str, goal: float) -> bool:
     """Whether numbers in the text are the answer, make it up, or correct the student's."""
-    nouns, values = {*_stems(" ".join(re.findall(r"how many (?:of )?(?:the )?([\w-]+)", q)))}, []
     given = {float(n): label for label, n in re.findall(rf"(\w+) ({NUMBER})\b", q)}  # 'player 2'
+    values, known = [], {*_stems(q)}
 
     def near(x: float) -> bool:
         units = (1, 0.001, 0.01, 100, 1000) if x % 1 or x > 20 else (1,)
@@ -320,18 +320,11 @@ def _counted(low: str, q: str, goal: float) -> bool:
         return any(abs(x * unit - goal) <= spare for unit in units)
 
     for m in re.finditer(NUMBER, low):
-        value, before, after = float(m[0]), low[: m.start()], low[m.end() :]
-        if value in given and (value != goal or before.endswith(f"{given[value]} ")):
-            continue
-        counted = nouns & {*_stems(after[:25])[:2]}
-        counted = counted or nouns and re.match(r"\s*of th(em|[eo]se)\b", after)
-        alone = re.search(r"\b(only|just|exactly|is|are|than) (an? )?$", before)
-        if value == 1 and not counted and not alone:
-            continue
-        if counted or near(value):
-            return True
-        values.append(value)
-    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if 1 < b - a < 7]
+        value, thing = float(m[0]), {*_stems(low[m.end() : m.end() + 20])[:1]}
+        label = value in given and low[: m.start()].endswith(f"{given[value]} ")
+        if not label and (value == goal or value not in given) and (value != 1 or thing & known):
+            values.append(value)  # else 'one' is mostly a pronoun
+    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a < 7]
     wrong = [c for c in re.split(CLAUSE, low) if re.search(NUMBER, c) and re.search(CORRECTS, c)]
     yours = re.search(YOURS, low) and re.search(NUMBER, low)
     return bool(wrong or yours or any(near(sum(run)) or near(math.prod(run)) for run in runs))

@@ -375,7 +375,7 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * random.uniform(1, 2)
             wait = mktime_tz(date) - time.time() if date else float(asked or wait)
             again = cause in ("timeout", "connection") or status == 429 or status >= 500
-            if not again or wait > end - time.monotonic():
+            if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 break
             time.sleep(max(wait, 0.0))
         return fault
