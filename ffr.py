@@ -220,7 +220,7 @@ def find_fix_reason(
             encoded[key] = encoded.get(key) or encode(student, asked[k][0], verdict)
             repairs.append((k, verdict, encoded[key]))
         except TeacherError as error:  # τ_i stays in the group with its plain reward, untaxed
-            chosen[k].error = error
+            chosen[k].error = error.with_traceback(None)  # which would keep this frame alive
         except ValueError as error:  # over the prompt limit, or a frame that does not decode
             chosen[k].error = TeacherError("prompt", str(error))
     seeds = [_seed(seed, asked[k][0].sample.id, asked[k][1], "again") for k, *_ in repairs]

@@ -3,16 +3,15 @@
     S_i = (x, y, τ_i)   `Case`            T       `diagnose` around a *brain* and a *gate*
     c_i, e_i            `EvidencePatch`   brain   `Chat`: `remote`, `local`, or any such function
 
-All brains share prompt, tools, limits, gate, deadlines and cache. A conversation is a list of
-OpenAI chat messages, pictures as JPEG in data URLs. Sources: FFR §Find, §Fix, app. B; the gate and
-the cache are ours. Imports no sibling.
+All brains share prompt, tools, limits, gate, deadlines and cache. A conversation is OpenAI chat
+messages, pictures as JPEG in data URLs. Sources: FFR §Find, §Fix, app. B. Imports no sibling.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import threading
 import time
@@ -40,7 +39,6 @@ LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a 
 class Clip(Protocol):
     """What the tools need of a video. Frames are original indices; seconds are index / fps."""
     fps: float
-
     def __len__(self) -> int: ...
     def frame(self, index: int) -> Image.Image: ...
 
@@ -76,14 +74,12 @@ class EvidencePatch:
     spans: list[tuple[int, int]] = field(default_factory=list)  # first and last frame of moments
     regions: list[Region] = field(default_factory=list)
     show_times: bool = True  # False where the question asks for a time
-    # Not shown: why the gate refused earlier versions, and the tool calls that led here.
-    refusals: list[str] = field(default_factory=list, repr=False)
-    transcript: list[str] = field(default_factory=list, repr=False)
+    refusals: list[str] = field(default_factory=list, repr=False)  # by the gate; not shown
+    transcript: list[str] = field(default_factory=list, repr=False)  # the tool calls; not shown
 
 
 class TeacherError(Exception):
     """No patch for this case. `cause` is one word for the metrics."""
-
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}")
         self.cause, self.detail = cause, detail
@@ -95,9 +91,8 @@ Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may t
 
 
 SYSTEM = """\
-A student model answered a question about a video wrongly. You can look at the video. Find the one
-thing it missed, and hand back the smallest piece of evidence from the video that lets it see that.
-The student answers again itself: you never answer for it. The error is one of
+A student answered a question about a video wrongly. Look at the video, find the one thing that it
+missed, and hand back the least evidence that lets it see that; it then answers again. Errors are
 - temporal: it looked at the wrong moment, missed one, or mixed up the order of events
 - spatial: it looked at the right moment but missed or misread an object, a place, a detail
 - misconception: it saw the right thing but misunderstood the question or reasoned wrongly
@@ -120,7 +115,6 @@ Never an option's letter or text, never which options are out, never the student
 round ("not open" says closed). The same holds for each "what".
 Bad: "The hand puts down the book." Good: "Follow the right hand until it lets go."
 Bad: "There are three cups." Good: "Go through the table from end to end, behind the jug too."
-Bad: "The light is not red." Good: "Read the light again as the car passes it."
 Blind test: someone who has not seen the video must not be able to answer from your words."""
 
 
@@ -153,7 +147,7 @@ def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
         image = image.crop(Region(index, box).corners(image))
         label += ", region " + " ".join(f"{v:.2f}" for v in box)
     shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
-    image = image.convert("RGB").resize([max(1, int(side / shrink)) for side in image.size])
+    image = image.convert("RGB").resize([max(28, int(side / shrink)) for side in image.size])
     image.save(file := BytesIO(), "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return [_text(label), {"type": "image_url", "image_url": {"url": url}}]
@@ -201,21 +195,22 @@ def _box(values) -> tuple[float, float, float, float]:
 # --- the reply and its limits ---
 def parse_patch(text: str, video: Clip) -> EvidencePatch:
     """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
-    tagged = re.search(r"<answer>(.*)</answer>", text, re.DOTALL)
+    body = text.rpartition("<answer>")[2]
 
     def words(value, most: int) -> str:  # without brackets that spell a student's special token
         value = re.sub(r"[<>\[\]]", " ", _plain(str(value or "")))[: 15 * most]
         return " ".join(value.split()[:most])
 
     try:
-        reply = json.loads(tagged[1] if tagged else text[text.find("{") : text.rfind("}") + 1])
+        reply = json.loads(body[body.find("{") : body.rfind("}") + 1])
         evidence, kind = reply["evidence_patch"], str(reply["error_classification"]).lower()
         patch = EvidencePatch(next(error_type for error_type in ERROR_TYPES if error_type in kind))
         patch.guidance = words(evidence.get("content"), MAX_WORDS)
-        frames = [_index(k, video) for k in evidence.get("key_frames") or []]
-        patch.key_frames = list(dict.fromkeys(frames))[:MAX_FRAMES]
-        for start, end in evidence.get("temporal_markers") or []:
-            patch.spans.append(tuple(sorted((_index(start, video), _index(end, video)))))
+        frames, spans = evidence.get("key_frames") or [], evidence.get("temporal_markers") or []
+        if isinstance(frames, str) or str in map(type, spans := spans[:MAX_FRAMES]):
+            raise TypeError("a text where a list of frames belongs")
+        patch.key_frames = list(dict.fromkeys(_index(k, video) for k in frames))[:MAX_FRAMES]
+        patch.spans = [tuple(sorted((_index(a, video), _index(b, video)))) for a, b in spans]
         patch.regions = [Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
                          for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]]
     except (*BAD_DATA, StopIteration) as error:
@@ -238,9 +233,8 @@ def diagnose(
 
     With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time, each
     on its own. One may take `timeout` seconds, all together `step_timeout`. `cache`: a folder of
-    replies, keyed by all that the brain is shown and by `brain`, its name and settings; failures
-    replay too, and with `chat` None nothing is asked. Equal cases are diagnosed once. `spent` is
-    added to: calls, hits (of the cache), tokens, seconds, patches refused."""
+    replies by all that the brain is shown and by `brain`, its name and settings; failures replay
+    too, and with `chat` None nothing is asked. Equal cases are diagnosed once. Adds to `spent`."""
     distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
     batches = [[case] for case in distinct.values()] if workers else [[*distinct.values()]]
     spent = Counter() if spent is None else spent
@@ -256,7 +250,7 @@ def diagnose(
                     with LOCK:
                         talks[i] = loops[i].send(reply)
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
-                    results[i] = getattr(last, "value", last)
+                    results[i] = getattr(last.with_traceback(None), "value", last)
             replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
         return [results[i] for i in range(len(batch))]
 
@@ -274,7 +268,7 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
         talk = first_messages(case, show_answer, num_frames)
     except (ValueError, RuntimeError, OSError) as error:
         raise TeacherError("video", str(error)) from error
-    for _ in range(MAX_TURNS):
+    for turn in range(MAX_TURNS):
         reply, parts = (yield talk), []
         if isinstance(reply, TeacherError):
             raise reply
@@ -292,7 +286,7 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
                 refusals.append(reason)
                 spent["refused"] += 1
                 patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
-            if reason is None or len(refusals) > 1:
+            if reason is None or len(refusals) > 1 or turn + 1 == MAX_TURNS:
                 if patch.guidance or patch.key_frames or patch.spans or patch.regions:
                     return replace(patch, transcript=transcript, refusals=refusals)
                 raise TeacherError("leak" if reason else "malformed", reason or "an empty patch")
@@ -302,9 +296,7 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
     raise TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
 
-def _ask(
-    talks: list, chat: Chat | None, end: float, cache: str, brain: str, spent: Counter
-) -> list[Reply]:
+def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) -> list[Reply]:
     """The next reply of each conversation: from the cache, else from the brain, called in a thread
     so that one that hangs costs no more than its time."""
     keys = [hashlib.sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
@@ -328,7 +320,8 @@ def _ask(
         thread.join(end - began)
     for i, replies[i] in zip(asked, list(fresh)):  # a copy: what comes later is too late
         if cache and chat:
-            _store(Path(cache, keys[i]), replies[i])
+            with contextlib.suppress(OSError):  # a full disk costs the cache, not the run
+                _store(Path(cache, keys[i]), replies[i])
     with LOCK:
         tokens = sum(replies[i][1] for i in asked if isinstance(replies[i], tuple))
         spent.update(calls=len(asked) if chat else 0, hits=len(talks) - len(asked), tokens=tokens,
@@ -339,12 +332,14 @@ def _ask(
 def _load(file: Path) -> Reply | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or spoilt
+        return TeacherError(**record) if "cause" in record else (str(record[0]), int(record[1]))
+    except (OSError, LookupError, TypeError, ValueError):  # not there, or spoilt
         return None
-    return TeacherError(**record) if isinstance(record, dict) else tuple(record)
 
 
 def _store(file: Path, reply: Reply) -> None:
+    if isinstance(reply, TeacherError) and _load(file) is not None:
+        return  # a failure does not take a reply's place
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
@@ -357,30 +352,35 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
     429 and 5xx are tried again while there is time, other 4xx are not. `key` stays in here."""
     from huggingface_hub import InferenceClient
 
+    secret = key if key[7:] else "\0"  # a placeholder is no secret, and may be part of any word
     def complete(talk: list[dict], end: float) -> Reply:
         for attempt in range(MAX_TRIES):
             left = max(end - time.monotonic(), 0.01)
             # Without a key the client would send the user's own hub token to this endpoint.
-            client = InferenceClient(base_url=url, api_key=key or "none", timeout=left / 2)
+            client = InferenceClient(base_url=url, api_key=key or "none", timeout=0.9 * left)
             try:
                 out = client.chat_completion(talk, model=model, max_tokens=max_tokens)
                 text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
-                return text.replace(key or "\0", "[key]"), int(tokens or 0)
+                return text.replace(secret, "[key]"), int(tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
-                status = getattr(getattr(error, "response", None), "status_code", 0)
+                inner = error
+                while getattr(inner, "response", None) is None and inner.__context__:
+                    inner = inner.__context__  # the client may fail at an error's body
+                status = getattr(getattr(inner, "response", None), "status_code", 0)
                 cause = (f"http_{status}" if status else "malformed" if isinstance(error, BAD_DATA)
                          else "timeout" if isinstance(error, TimeoutError) else "connection")
-                fault = TeacherError(cause, str(error).replace(key or "\0", "[key]"))
-                asked = error.response.headers.get("retry-after", "") if status else ""
-            date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * random.uniform(1, 2)
-            wait = mktime_tz(date) - time.time() if date else float(asked or wait)
+                fault = TeacherError(cause, str(error).replace(secret, "[key]"))
+                asked = inner.response.headers.get("retry-after", "") if status else ""
+            date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * (1 + time.time() % 1)
+            wait = float(asked) if asked.isdecimal() else wait
+            wait = mktime_tz(date) - time.time() if date else wait
             again = cause in ("timeout", "connection") or status == 429 or status >= 500
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 break
             time.sleep(max(wait, 0.0))
         return fault
 
-    return lambda talks, seconds: [complete(talk, time.monotonic() + seconds) for talk in talks]
+    return lambda talks, seconds: [*map(complete, talks, [time.monotonic() + seconds] * len(talks))]
 
 
 def local(model, processor, max_tokens: int = 2048) -> Chat:
@@ -392,8 +392,8 @@ def local(model, processor, max_tokens: int = 2048) -> Chat:
         inputs = processor.apply_chat_template(
             talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True}).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_tokens, max_time=seconds, do_sample=False)
-        out = out[:, inputs["input_ids"].shape[1] :]
+        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False,
+                             max_time=0.8 * seconds)[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 

@@ -115,8 +115,7 @@ def parse(arguments: list[str]) -> Config:
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
         (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
-        (c.teacher == "remote" and not (c.teacher_url or c.teacher_cache),
-         "--teacher remote needs --teacher_url, or --teacher_cache to replay"),
+        (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
     ]:
         if refused:
             raise SystemExit(f"train.py: {why}")
@@ -150,12 +149,13 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
     if config.method == "grpo":
         return None
     name, most = config.teacher_model, config.teacher_max_tokens
+    Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
     if config.teacher == "local":
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         chat = teacher.local(model.to(config.teacher_device or device).eval(), processor, most)
     elif config.teacher == "remote":
-        chat, key = None, os.environ.get("TEACHER_API_KEY", "").strip()
+        chat, key = None, "".join(os.environ.get("TEACHER_API_KEY", "").split())
         if config.teacher_url:
             chat = teacher.remote(config.teacher_url, name, key, most)
             (said,) = chat([[{"role": "user", "content": "Say OK."}]], config.teacher_timeout)
@@ -362,7 +362,7 @@ def main() -> None:
         teach = load_teacher(config, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
         spare = ffr.open_question(student, longest)  # a prompt over the limit ends the run here
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {error}") from error
     accelerator.init_trackers("ffr", asdict(config))
     before = evaluate(accelerator, student, held_out, None, spare)

@@ -1,6 +1,8 @@
 """The round: what is sampled, repaired, chosen, rewarded, and what a fault of the teacher costs."""
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -219,3 +221,17 @@ def test_repair_picture_shows_all_of_it(student, questions, teach):
     assert places == sorted(places)
     assert f"= {rollout.reward:.2f}" in text and questions[0].sample.answer in text
     assert picture.width == 1200 and 600 < picture.height < 2400
+
+
+def test_a_failed_diagnosis_keeps_nothing_of_its_step_alive(student, questions):
+    """An error that kept its traceback would hold the round's frame, and so prompts and rollouts,
+    until the garbage collector comes by."""
+    gc.disable()
+    try:
+        groups = run(student, questions[:1], faults(None)["declined"])
+        assert all(r.error for r in flat(groups))
+        alive = weakref.ref(groups[0][0])
+        del groups
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -70,7 +70,7 @@ def take(text, question):
     frames = [*verdict.key_frames, *(r.frame for r in verdict.regions), *sum(verdict.spans, ())]
     assert all(type(k) is int and 0 <= k < 40 for k in frames)
     assert len(verdict.key_frames) <= 4 and len(verdict.regions) <= 2
-    assert sum(b - a + 1 for a, b in verdict.spans) <= max(10, len(verdict.spans))
+    assert sum(b - a + 1 for a, b in verdict.spans) <= 10
     assert len(verdict.guidance.split()) <= 60 and not set("<>[]") & set(verdict.guidance)
     ffr.render_patch(verdict, Seconds(), 0.2)[0]["text"].encode()
 

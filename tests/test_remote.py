@@ -133,6 +133,9 @@ FAULTS = {  # what the endpoint does to one case, and the cause that the metrics
     "a slow reply past the deadline": (slow, "timeout"),
     "429 with Retry-After": (first((429, {"retry-after": "1"}, b"{}")), None),
     "500 twice": (first((500, {}, b"oh"), (503, {}, b"no")), None),
+    "502 with a body in no encoding": (first((502, {}, b"\xe9")), None),
+    "429 with a list": (first((429, {"retry-after": "soon"}, b'[{"error": {"code": 429}}]')), None),
+    "503 with null": (lambda messages, times: (503, {}, b"null"), "http_503"),
     "500 for ever": (lambda messages, times: (500, {}, b"oh"), "http_500"),
     "400": (lambda messages, times: (400, {}, b'{"error": "no pictures"}'), "http_400"),
     "a connection that breaks": (lambda messages, times: (0, {}, b""), "connection"),
@@ -380,3 +383,30 @@ def test_cache_is_whole_whoever_writes_it(tmp_path):
         whole = reply is None or reply == replies[0] or str(reply) == str(replies[1])
         bad += [] if whole else [reply]
     assert not bad and len(list(file.parent.iterdir())) == 1
+
+
+def test_a_request_may_take_most_of_the_time(endpoint):
+    endpoint.fault = lambda messages, times: time.sleep(1.2)
+    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    began = time.time()
+    assert teacher.remote(endpoint.url, "m")([talk], 2.0) == [("OK", 7)]
+    assert time.time() - began < 2 and endpoint.seen.total() == 1
+
+
+def test_without_workers_all_share_one_deadline(endpoint, samples):
+    videos = [data.Video(sample.path) for sample in samples]
+    cases = [teacher.Case(s.id, "?", [], "x", "", v) for s, v in zip(samples, videos)]
+    endpoint.fault = slow
+    began = time.time()
+    verdicts = teacher.diagnose(cases, teacher.remote(endpoint.url, "m"), ffr.gate, timeout=1.0)
+    assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2
+    time.sleep(1)
+    asked = endpoint.seen.total()
+    time.sleep(2)
+    assert endpoint.seen.total() == asked  # nothing goes on asking
+
+
+def test_a_short_or_broken_key_does_no_harm(endpoint, monkeypatch):
+    endpoint.fault = lambda messages, times: say("box of 1 x")
+    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert teacher.remote(endpoint.url, "m", "x")([talk], 5.0) == [("box of 1 x", 7)]

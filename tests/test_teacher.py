@@ -273,3 +273,65 @@ def test_pictures_for_the_teacher_are_cut_to_its_budget():
         ("get_frame", "3"), ("zoom_region", "3, 0, 0, 0.1, 0.1")))
     assert 0.97 * teacher.MAX_PIXELS < image_of(whole).width * image_of(whole).height <= teacher.MAX_PIXELS
     assert image_of(crop).size == (400, 200)  # native
+
+
+def test_teachers_habits_of_writing_are_read():
+    body = patch_json().partition("<answer>")[2].removesuffix("</answer>")
+    for text in (f"<answer>```json\n{body}\n```</answer>", f"```json\n{body}```",
+                 f"<think>it said <answer>clothes</answer></think><answer>{body}</answer>"):
+        (patch,) = diagnose([make_case()], brain(text))
+        assert patch.key_frames == [4] and patch.spans == [(4, 6)]
+    for wrong in (patch_json(frames="12"), patch_json(markers=["12"])):  # no lists of digits
+        assert diagnose([make_case()], brain(wrong))[0].cause == "malformed"
+
+
+def test_many_moments_are_cut_like_long_ones():
+    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[k, k] for k in range(40)] * 20)))
+    assert len(patch.spans) == teacher.MAX_FRAMES
+
+
+def test_leak_on_the_last_turn_is_reduced_too():
+    turns = ["TOOL_CALL: get_frame(1)"] * (teacher.MAX_TURNS - 1) + [patch_json("it is the book")]
+    (patch,) = diagnose([make_case()], brain(*turns))
+    assert patch.guidance == "" and patch.key_frames == [4] and len(patch.refusals) == 1
+
+
+def test_slivers_of_a_frame_are_pictures_that_a_processor_takes(student):
+    parts = run_tool("zoom_region", "3, 0, 0.5, 1, 0.502", Clip())
+    assert min(image_of(parts[1]).size) >= 28
+    (reply,) = teacher.local(student.model, student.processor, 3)(
+        [[{"role": "user", "content": parts}]], 60.0)
+    assert reply[1] > 0
+
+
+def test_spoilt_cache_entries_are_asked_again_and_a_full_disk_costs_the_cache_alone(tmp_path):
+    chat = brain(*[patch_json()] * 20)
+    diagnose([make_case()], chat, cache=str(tmp_path / "c"))
+    (file,) = (tmp_path / "c").iterdir()
+    for spoilt in ("", "null", "3", "[]", "[1]", '{"a": 1}', '{"cause": "x", "y": 1}'):
+        file.write_text(spoilt)
+        (patch,) = diagnose([make_case()], chat, cache=str(tmp_path / "c"))
+        assert isinstance(patch, EvidencePatch) and json.loads(file.read_text()) == [patch_json(), 7]
+    teacher._store(file, TeacherError("http_429"))
+    assert json.loads(file.read_text()) == [patch_json(), 7]  # a failure does not take its place
+    file.unlink()
+    (tmp_path / "c").rmdir()
+    (tmp_path / "c").write_text("no folder")
+    assert isinstance(diagnose([make_case()], chat, cache=str(tmp_path / "c"))[0], EvidencePatch)
+
+
+def test_failures_hold_no_memory():
+    """An error that kept its traceback would keep frames, and in them pictures, in a cycle."""
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        clip = Clip()
+        alive = weakref.ref(clip)
+        verdicts = diagnose([make_case(video=clip)], brain("prose"))
+        assert isinstance(verdicts[0], TeacherError)
+        del clip, verdicts
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -157,13 +157,14 @@ REFUSALS = {
     "top_p=0": "--top_p must be in",
     "teacher=local": "this --teacher needs --teacher_model",
     "teacher=remote": "this --teacher needs --teacher_model",
+    "teacher=remote teacher_model=m": "give --teacher_url",
 }
 
 
 @pytest.mark.parametrize("setting", REFUSALS)
 def test_settings_that_cannot_be_meant_are_refused(make_config, setting):
     with pytest.raises(SystemExit, match=REFUSALS[setting]):
-        make_config(**dict([setting.split("=")]))
+        make_config(**dict(part.split("=") for part in setting.split()))
 
 
 def test_lambda_below_kappa_and_both_zero_are_fine(make_config):
