@@ -110,8 +110,9 @@ class Video:
         return len(self._reader)
 
     def seconds(self, index: int) -> float:
-        """Time of an original frame, in seconds."""
-        return index / self.fps
+        """Time of an original frame since the first, in seconds, at variable frame rates too."""
+        starts = self._reader.get_frame_timestamp([0, index])[:, 0]  # of each, its start and end
+        return float(starts[1] - starts[0])
 
     def uniform(self, num_frames: int) -> list[int]:
         """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""

@@ -172,8 +172,10 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
         parts = render_patch(patch, video, question.spacing, config.patch_pictures)
     pictures = [fit(p["image"], config.picture_pixels) for p in parts if p["type"] == "image"]
     text = render_chat(student.processor, build_messages(student, question.sample, parts))
+    # Processors take index / fps for the time: only this is right at variable frame rates too.
+    indices = [video.seconds(i) * video.fps for i in question.indices]
     metadata = VideoMetadata(len(video), video.fps, duration=len(video) / video.fps,
-                             frames_indices=list(question.indices))
+                             frames_indices=indices)
     inputs = student.processor(
         text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
         do_sample_frames=False, return_tensors="pt",

@@ -37,9 +37,9 @@ LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a 
 
 
 class Clip(Protocol):
-    """What the tools need of a video. Frames are original indices; seconds are index / fps."""
-    fps: float
+    """What the tools need of a video. Frames are original indices."""
     def __len__(self) -> int: ...
+    def seconds(self, index: int) -> float: ...
     def frame(self, index: int) -> Image.Image: ...
 
 
@@ -120,8 +120,8 @@ Blind test: someone who has not seen the video must not be able to answer from y
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
     """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
-    last = len(case.video) - 1
-    lines = [f"Case: {case.id}", f"The video has {last + 1} frames at {case.video.fps:g} fps."]
+    last, end = len(case.video) - 1, case.video.seconds(len(case.video) - 1)
+    lines = [f"Case: {case.id}", f"The video has {last + 1} frames, the last at {end:.1f} s."]
     lines += [f"Question: {case.question}", *case.options]
     lines += [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines += ["The student's response:", case.response, "Frames of the video:"]
@@ -142,7 +142,7 @@ def _plain(text: str) -> str:
 
 def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
     """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
-    image, label = video.frame(index), f"frame {index} ({index / video.fps:.2f} s)"
+    image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
     if box is not None:
         image = image.crop(Region(index, box).corners(image))
         label += ", region " + " ".join(f"{v:.2f}" for v in box)

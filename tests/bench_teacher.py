@@ -48,6 +48,9 @@ class Noise:
     def __len__(self):
         return 16
 
+    def seconds(self, index):
+        return index / self.fps
+
     def frame(self, index):
         return Image.frombytes("L", (64, 32), self.rng.randbytes(2048)).resize((448, 224))
 

@@ -36,6 +36,9 @@ class Clip:
     def __len__(self):
         return 40
 
+    def seconds(self, index):
+        return index / self.fps
+
     def frame(self, index):
         if index == 14:
             raise ValueError("frame 14 does not decode")
