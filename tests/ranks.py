@@ -1,4 +1,4 @@
-"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|run FOLDER …`."""
+"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|sharded|run FOLDER …`."""
 
 import json
 import sys
@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -126,6 +128,43 @@ def raises(folder, out):
         Path(out).write_text(json.dumps(facts))
 
 
+def sharded(folder, out):
+    """A round and an update with every parameter sharded: failures and repairs on rank 1 only, whose
+    other rank's teacher raises, and one of that rank's records does not open."""
+    accelerator, student, samples = setup(folder)
+    model, rank = student.model, accelerator.process_index
+    # The vision tower is a unit of its own, as `generate` calls it by itself; and the root must be
+    # called before any unit is.
+    for unit in [*model.model.language_model.layers, model.model.visual, model]:
+        fully_shard(unit)
+    before = all(isinstance(p, DTensor) for p in model.parameters())
+    start = torch.cat([p.full_tensor().flatten() for p in model.parameters()])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6]]))
+    student, chat = replace(student, synced=True), data.scripted(
+        {s.id: s.truth["evidence"] for s in samples})
+    brain = chat if rank else lambda talks, seconds: 1 / 0
+    questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
+    if rank == 0:
+        questions[1] = replace(questions[0], counts=False)
+    groups = ffr.find_fix_reason(
+        student, questions, 2, lambda cases: teacher.diagnose(cases, brain, ffr.gate), 0.3, 0.1, (0, 0))
+    rollouts = [r for group in groups for r in group]
+    weights = [float(q.counts) for q in questions for _ in range(2)]
+    figures = grpo.update(
+        accelerator, model, None, torch.optim.SGD(model.parameters(), lr=0.1),
+        [r.prompt for r in rollouts], [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50,
+        student.sampling, beta=0.0, stand_in=ffr.stand_in(student, questions[0]),
+    )
+    end = torch.cat([p.full_tensor().flatten() for p in model.parameters()])
+    facts = {"rank": rank, "dtensors": before, "repaired": sum(r.failed is not None for r in rollouts),
+             "finite": bool(torch.isfinite(end).all()), "moved": bool((end != start).any()),
+             "sum": end.double().sum().item(), "gap": figures["logp_gap"]}
+    gathered = train.gather_object([facts])
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps(gathered))
+
+
 def run(folder, *arguments):
     """train.py itself, on fewer videos."""
     train.NEEDLES = {"cold": (16, 1), "train": (12, 2), "held_out": (5, 3)}
@@ -134,4 +173,4 @@ def run(folder, *arguments):
 
 
 if __name__ == "__main__":
-    {"gradient": gradient, "calls": calls, "raises": raises, "run": run}[sys.argv[1]](*sys.argv[2:])
+    {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run}[sys.argv[1]](*sys.argv[2:])

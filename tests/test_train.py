@@ -273,6 +273,17 @@ def test_local_teacher_takes_all_failures_of_a_step_in_one_batch_per_turn(
     assert 0 < metrics["teacher_tokens"] <= 4 * 6 and metrics["teacher_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_sharded_step_ends_with_equal_weights_whatever_fails_on_a_rank(
+    folder, model_folder, tmp_path
+):
+    torchrun(2, "sharded", folder, tmp_path / "sharded.json")
+    zero, one = json.loads((tmp_path / "sharded.json").read_text())
+    assert zero["dtensors"] and one["dtensors"] and zero["repaired"] == 0 < one["repaired"]
+    assert zero["finite"] and zero["moved"] and zero["sum"] == one["sum"]
+    assert max(zero["gap"], one["gap"]) < 1e-4
+
+
 def test_a_rank_whose_teacher_always_raises_does_not_hold_the_step(folder, model_folder, tmp_path):
     torchrun(2, "raises", folder, tmp_path / "raises.json")
     facts = json.loads((tmp_path / "raises.json").read_text())
