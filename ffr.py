@@ -215,14 +215,13 @@ def find_fix_reason(
     # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
     repairs, encoded = [], {}
     for k, verdict in zip(failed, verdicts):
+        if isinstance(verdict, TeacherError):  # τ_i stays, with its plain reward, untaxed
+            chosen[k].error = verdict
+            continue
+        key = (id(asked[k][0]), repr(verdict))  # equal patches share a prompt
         try:
-            if isinstance(verdict, TeacherError):
-                raise verdict
-            key = (id(asked[k][0]), repr(verdict))  # equal patches share a prompt
             encoded[key] = encoded.get(key) or encode(student, asked[k][0], verdict)
             repairs.append((k, verdict, encoded[key]))
-        except TeacherError as error:  # τ_i stays in the group with its plain reward, untaxed
-            chosen[k].error = error.with_traceback(None)  # which would keep this frame alive
         except ValueError as error:  # over the prompt limit, or a frame that does not decode
             chosen[k].error = TeacherError("prompt", str(error))
     seeds = [_seed(seed, asked[k][0].sample.id, asked[k][1], "again") for k, *_ in repairs]

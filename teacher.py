@@ -9,7 +9,6 @@ messages, pictures as JPEG in data URLs. Sources: FFR §Find, §Fix, app. B. Imp
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import mktime_tz, parsedate_tz
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -299,7 +299,7 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
 def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) -> list[Reply]:
     """The next reply of each conversation: from the cache, else from the brain, called in a thread
     so that one that hangs costs no more than its time."""
-    keys = [hashlib.sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
+    keys = [cache and sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
     replies = [_load(Path(cache, key)) if cache else None for key in keys]
     asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
     fresh = [TeacherError("timeout" if chat else "miss", "no reply in time")] * len(asked)

@@ -220,7 +220,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
                     "skipped": weights.count(0.0) / config.num_rollouts,
-                    **{f"teacher_{k}": spent[k] for k in spent},
+                    **{f"teacher_{name}": count for name, count in spent.items()},
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
