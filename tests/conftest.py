@@ -1,6 +1,7 @@
 """Fixtures: needle videos and a tiny random student, made once. `-m slow` runs what needs extras."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs minutes or extras; run with -m slow")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+
+
+def free_port() -> int:
+    """A port of loopback on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

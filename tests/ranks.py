@@ -73,38 +73,47 @@ def gradient(folder, out):
         torch.save(result, out)
 
 
+def lopsided_step(accelerator, student, samples, model, optimizer):
+    """One round and update as with sharded parameters: rank 1's teacher helps; rank 0's raises on
+    every call, and one of rank 0's records does not open. Returns rollouts and figures."""
+    student, rank = replace(student, synced=True), accelerator.process_index
+    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    brain = chat if rank else raising
+    questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
+    if rank == 0:
+        questions[1] = replace(questions[0], counts=False)
+    groups = ffr.find_fix_reason(
+        student, questions, 2, lambda cases: teacher.diagnose(cases, brain, ffr.gate), 0.3, 0.1, (0, 0))
+    rollouts = [r for group in groups for r in group]
+    weights = [float(q.counts) for q in questions for _ in range(2)]
+    figures = grpo.update(
+        accelerator, model, None, optimizer, [r.prompt for r in rollouts],
+        [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50, student.sampling, beta=0.0,
+        stand_in=ffr.stand_in(student, questions[0]),
+    )
+    return rollouts, figures
+
+
+def raising(talks, seconds):
+    raise RuntimeError("out of order")
+
+
 def calls(folder, out):
-    """One round and update as with sharded parameters; only rank 1's teacher helps."""
+    """What each rank calls in a lopsided step."""
     accelerator, student, samples = setup(folder)
-    student = replace(student, synced=True)
-    counts, rank = Counter(), accelerator.process_index
+    counts, keep = Counter(), Keep(student.model)
     student.model.model.visual.register_forward_hook(lambda *_: counts.update(vision=1))
     student.model.register_forward_hook(lambda *_: counts.update(forward=1))
     generate = student.model.generate
     student.model.generate = lambda *a, **k: counts.update(generate=1) or generate(*a, **k)
     model = accelerator.prepare(student.model)
-    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    rollouts, _ = lopsided_step(accelerator, student, samples, model, keep)
+    report(accelerator, out, repaired=sum(r.failed is not None for r in rollouts),
+           calls=dict(counts), finite=bool(torch.isfinite(keep.gradient).all()))
 
-    def helps(cases):
-        return teacher.diagnose(cases, chat, ffr.gate)
 
-    def raises(cases):
-        return teacher.diagnose(cases, lambda talks, seconds: 1 / 0, ffr.gate)
-
-    questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
-    if rank == 0:  # and one of its records does not open
-        questions[1] = replace(questions[0], counts=False)
-    groups = ffr.find_fix_reason(student, questions, 2, helps if rank else raises, 0.3, 0.1, (0, 0))
-    rollouts = [r for group in groups for r in group]
-    weights = [float(q.counts) for q in questions for _ in range(2)]
-    keep = Keep(student.model)
-    grpo.update(
-        accelerator, model, None, keep, [r.prompt for r in rollouts],
-        [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50, student.sampling, beta=0.0,
-        stand_in=ffr.stand_in(student, questions[0]),
-    )
-    facts = {"rank": rank, "repaired": sum(r.failed is not None for r in rollouts),
-             "calls": dict(counts), "finite": bool(torch.isfinite(keep.gradient).all())}
+def report(accelerator, out, **facts):
+    """Every rank's facts, in a file."""
     gathered = train.gather_object([facts])
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(gathered))
@@ -119,7 +128,7 @@ def raises(folder, out):
         config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
         Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
-        brain = (lambda talks, seconds: 1 / 0) if broken else chat
+        brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)
         history = train.train(config, accelerator, replace(student, config=config), samples * 2,
                               teach, spare)
@@ -129,40 +138,26 @@ def raises(folder, out):
 
 
 def sharded(folder, out):
-    """A round and an update with every parameter sharded: failures and repairs on rank 1 only, whose
-    other rank's teacher raises, and one of that rank's records does not open."""
+    """A lopsided step with every parameter sharded."""
     accelerator, student, samples = setup(folder)
-    model, rank = student.model, accelerator.process_index
+    model = student.model
     # The vision tower is a unit of its own, as `generate` calls it by itself; and the root must be
     # called before any unit is.
     for unit in [*model.model.language_model.layers, model.model.visual, model]:
         fully_shard(unit)
-    before = all(isinstance(p, DTensor) for p in model.parameters())
-    start = torch.cat([p.full_tensor().flatten() for p in model.parameters()])
+    dtensors, start = all(isinstance(p, DTensor) for p in model.parameters()), whole(model)
     with torch.no_grad():
         model(input_ids=torch.tensor([[5, 6]]))
-    student, chat = replace(student, synced=True), data.scripted(
-        {s.id: s.truth["evidence"] for s in samples})
-    brain = chat if rank else lambda talks, seconds: 1 / 0
-    questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
-    if rank == 0:
-        questions[1] = replace(questions[0], counts=False)
-    groups = ffr.find_fix_reason(
-        student, questions, 2, lambda cases: teacher.diagnose(cases, brain, ffr.gate), 0.3, 0.1, (0, 0))
-    rollouts = [r for group in groups for r in group]
-    weights = [float(q.counts) for q in questions for _ in range(2)]
-    figures = grpo.update(
-        accelerator, model, None, torch.optim.SGD(model.parameters(), lr=0.1),
-        [r.prompt for r in rollouts], [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50,
-        student.sampling, beta=0.0, stand_in=ffr.stand_in(student, questions[0]),
-    )
-    end = torch.cat([p.full_tensor().flatten() for p in model.parameters()])
-    facts = {"rank": rank, "dtensors": before, "repaired": sum(r.failed is not None for r in rollouts),
-             "finite": bool(torch.isfinite(end).all()), "moved": bool((end != start).any()),
-             "sum": end.double().sum().item(), "gap": figures["logp_gap"]}
-    gathered = train.gather_object([facts])
-    if accelerator.is_main_process:
-        Path(out).write_text(json.dumps(gathered))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    rollouts, figures = lopsided_step(accelerator, student, samples, model, sgd)
+    end = whole(model)
+    report(accelerator, out, dtensors=dtensors, repaired=sum(r.failed is not None for r in rollouts),
+           finite=bool(torch.isfinite(end).all()), moved=bool((end != start).any()),
+           sum=end.double().sum().item(), gap=figures["logp_gap"])
+
+
+def whole(model):
+    return torch.cat([p.full_tensor().flatten() for p in model.parameters()])
 
 
 def run(folder, *arguments):
@@ -173,4 +168,5 @@ def run(folder, *arguments):
 
 
 if __name__ == "__main__":
-    {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run}[sys.argv[1]](*sys.argv[2:])
+    modes = {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run}
+    modes[sys.argv[1]](*sys.argv[2:])

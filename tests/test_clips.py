@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 import data
@@ -10,7 +11,6 @@ from data import Sample
 
 pytestmark = pytest.mark.slow
 av = pytest.importorskip("av", reason="pip install -r requirements-dev.txt")
-np = pytest.importorskip("numpy")
 
 KINDS = {  # width, height, rate, frames, seconds after each frame (None: 1 / rate)
     "24 fps": (128, 96, Fraction(24), 60, None),
@@ -27,20 +27,19 @@ def encode(path, width, height, rate, frames, gaps):
     """Write a clip whose frames carry their index as 16 blocks of black and white; returns the
     seconds at which each was put."""
     pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"
-    times, clock = [], Fraction(0)
+    times, clock, tick = [], Fraction(0), 1 / rate
     with av.open(path, "w") as file:
         stream = file.add_stream("h264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.options = {"crf": "12", "preset": "ultrafast", "g": "48"}
-        stream.codec_context.time_base = stream.time_base = 1 / rate if gaps is None else Fraction(1, 1000)
+        stream.codec_context.time_base = stream.time_base = tick
         for k in range(frames):
             bits = np.array([255 * (k >> b & 1) for b in range(16)], np.uint8).reshape(4, 4)
             blocks = bits.repeat(-(-height // 4), 0).repeat(-(-width // 4), 1)[:height, :width]
             frame = av.VideoFrame.from_ndarray(np.stack([blocks] * 3, -1), format="rgb24")
-            frame.time_base = stream.codec_context.time_base
-            frame.pts = k if gaps is None else round(clock * 1000)
-            times.append(float(frame.pts * frame.time_base))
-            clock += Fraction(1) / rate if gaps is None else Fraction(gaps[k % len(gaps)])
+            frame.time_base, frame.pts = tick, round(clock * rate)
+            times.append(float(frame.pts * tick))
+            clock += Fraction(gaps[k % len(gaps)]) if gaps else tick
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return times

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import socket
 import threading
 import time
 from collections import Counter
@@ -13,7 +12,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from test_train import recorded_update, some_right, train_once  # noqa: F401
+from conftest import free_port
+from test_train import recorded_rounds, recorded_update, some_right, train_once  # noqa: F401
 
 import data
 import ffr
@@ -94,12 +94,10 @@ def slow(messages, times):
     time.sleep(3)
 
 
-def leaking(answer_of):
-    def fault(messages, times):
-        opening = messages[1]["content"][0]["text"]
-        return say(patch_of(content=f"it is {answer_of(opening)}"))
-
-    return fault
+def leaking(messages, times):
+    opening = messages[1]["content"][0]["text"]
+    answer = opening.partition("Reference answer, for you alone: ")[2].partition("\n")[0]
+    return say(patch_of(content=f"it is {answer}"))
 
 
 def patch_of(**evidence):
@@ -107,17 +105,13 @@ def patch_of(**evidence):
     return f"<think>.</think><answer>{json.dumps(body)}</answer>"
 
 
-def answer_in(opening):
-    return opening.partition("Reference answer, for you alone: ")[2].partition("\n")[0]
-
-
 def first(*replies):
-    """These replies first, then as it should be: `None` ones are as it should be too."""
+    """These replies on the first requests for a conversation, then as it should be."""
     return lambda messages, times: replies[times - 1] if times <= len(replies) else None
 
 
 def turns(*texts):
-    """These words on the turns of the conversation, then as it should be on its first turns."""
+    """These words on the first turns of a conversation, then as it should be."""
 
     def fault(messages, times):
         turn = len(messages) // 2 - 1
@@ -148,7 +142,7 @@ FAULTS = {  # what the endpoint does to one case, and the cause that the metrics
     "a billion frames": (turns("TOOL_CALL: get_temporal_segment(0, 1000000000)"), None),
     "only tools": (turns(*["TOOL_CALL: get_frame(1)"] * 9), "turns"),
     "50 MB": (lambda messages, times: say("word " * 10_000_000), "malformed"),
-    "a reply that leaks": (leaking(answer_in), "leak"),
+    "a reply that leaks": (leaking, "leak"),
     "prose": (lambda messages, times: say("I think it looked at the wrong place."), "malformed"),
 }
 
@@ -157,12 +151,9 @@ def step(make_config, accelerator, samples, endpoint, monkeypatch, **settings):
     """One training step with the remote teacher: its rollouts, advantages and metrics."""
     config = make_config(teacher="remote", teacher_url=endpoint.url, teacher_model="m", max_steps=1,
                          **{"teacher_timeout": 20, **settings})
-    calls, groups, round_ = recorded_update(monkeypatch), [], ffr.find_fix_reason
-    monkeypatch.setattr(
-        ffr, "find_fix_reason", lambda *a, **k: groups.append(round_(*a, **k)) or groups[-1])
+    calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     teach = train.load_teacher(config, samples, "cpu")
     _, (metrics,) = train_once(config, accelerator, samples, teach)
-    monkeypatch.setattr(ffr, "find_fix_reason", round_)
     return [r for group in groups[0] for r in group], calls[0][6], metrics
 
 
@@ -220,7 +211,7 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
         assert max(asked) == 1  # not tried again
     if name == "500 for ever":
         assert max(asked) == teacher.MAX_TRIES
-    if name in ("429 with Retry-After",):
+    if name == "429 with Retry-After":
         assert time.time() - began > 1
     if name == "a normal reply":
         assert metrics["teacher_calls"] == 2 * len({r.first.text for r in rollouts if r.failed})
@@ -231,9 +222,7 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
 def test_endpoint_that_cannot_be_used_ends_the_run_before_training(
     make_config, samples, endpoint, monkeypatch
 ):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
     remote = dict(teacher="remote", teacher_model="m", teacher_timeout=2)
     with pytest.raises(SystemExit, match="no teacher 'm' at .*connection"):
         train.load_teacher(make_config(teacher_url=nobody, **remote), samples, "cpu")

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import free_port
 from test_train import train_once
 
 import teacher
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.slow
 def served(model_folder, tmp_path_factory):
     if importlib.util.find_spec("fastapi") is None:
         pytest.skip("pip install -r requirements-dev.txt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = open(tmp_path_factory.mktemp("serve") / "log", "w+")
     command = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
     server = subprocess.Popen(

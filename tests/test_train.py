@@ -71,13 +71,18 @@ def recorded_update(monkeypatch):
     return calls
 
 
+def recorded_rounds(monkeypatch):
+    groups, round_ = [], ffr.find_fix_reason
+    monkeypatch.setattr(
+        ffr, "find_fix_reason", lambda *a, **k: groups.append(round_(*a, **k)) or groups[-1])
+    return groups
+
+
 def test_the_update_gets_the_repaired_tokens_under_the_patched_prompt(
     make_config, accelerator, samples, teach, monkeypatch, some_right
 ):
     """Train failed ids with the repaired reward, or score without the patch: this turns red."""
-    calls, groups, round_ = recorded_update(monkeypatch), [], ffr.find_fix_reason
-    monkeypatch.setattr(
-        ffr, "find_fix_reason", lambda *a, **k: groups.append(round_(*a, **k)) or groups[-1])
+    calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     _, history = train_once(make_config(max_steps=1), accelerator, samples, teach)
     (call,), rollouts = calls, [r for group in groups[0] for r in group]
     prompts, completions, advantages, weights = call[4:8]
