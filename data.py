@@ -7,19 +7,28 @@
 Sources: FFR Table 8, Video-R1's record format; needle videos and `scripted` are ours. No sibling.
 """
 
+import argparse
 import json
+import os
+import pickle
 import random
 import re
+import statistics
 import struct
-from collections.abc import Callable
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import decord
-import torch
-import transformers
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 # Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
@@ -42,28 +51,58 @@ class Sample:
     truth: dict = field(default_factory=dict)
 
 
-def load_samples(path: str, video_root: str = "") -> list[Sample]:
+def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample]:
     """Read Video-R1 records from a `.json` list or a `.jsonl` file. `video_root` comes before each
-    record's `path` (default: the data file's own folder). Raises `DataError` naming the file, the
-    record (from 1), the field and the remedy. Whether a video opens, `Video` tells."""
-    file = Path(path)
-    if not file.is_file():
+    record's `path` (default: the data file's own folder); `skip` is the list that `python data.py`
+    wrote. Raises `DataError` naming the file, the record (from 1), the field and the remedy."""
+    left_out, sha = {}, digest(path)
+    if skip:
+        try:
+            of, left_out = json.loads(Path(skip).read_text(encoding="utf-8")).values()
+        except (AttributeError, ValueError) as error:
+            raise DataError(f"{skip}: no skip list; python data.py {path} writes one") from error
+        if of != sha:
+            raise DataError(f"{skip}: lists another {path}; run python data.py {path} again")
+    samples = []
+    for number, found in read_records(path, video_root):
+        if str(number) in left_out:
+            continue
+        if isinstance(found, DataError):
+            raise found
+        samples.append(found)
+    return samples
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file; raises `DataError` where there is none."""
+    if not Path(path).is_file():
         raise DataError(f"{path}: no such data file; give a .json or .jsonl file")
+    return sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_records(path: str, video_root: str = "") -> Iterator[tuple[int, Sample | DataError]]:
+    """Every record's number, from 1, with its sample or what is wrong with it."""
+    file, seen = Path(path), {}
     text = file.read_text(encoding="utf-8")
     try:
         lines = [line for line in text.splitlines() if line.strip()]
-        records = [*map(json.loads, lines)] if file.suffix == ".jsonl" else json.loads(text)
+        records = lines if file.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); mend that place") from error
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: holds no records; expected a list of Video-R1 records")
-    samples, seen = [], {}
     for i, record in enumerate(records, 1):
-        sample = _sample(record, f"{path}, record {i}", Path(video_root or file.parent))
-        if seen.setdefault(sample.id, i) != i:
-            raise DataError(f"{path}, record {i}: problem_id of record {seen[sample.id]}; drop one")
-        samples.append(sample)
-    return samples
+        where = f"{path}, record {i}"
+        try:
+            record = json.loads(record) if isinstance(record, str) else record
+            sample = _sample(record, where, Path(video_root or file.parent))
+            if seen.setdefault(sample.id, i) != i:
+                raise DataError(f"{where}: problem_id of record {seen[sample.id]}; drop one")
+            yield i, sample
+        except json.JSONDecodeError as error:
+            yield i, DataError(f"{where}: not valid JSON ({error}); mend that place")
+        except DataError as error:
+            yield i, error
 
 
 def _sample(record: dict, where: str, root: Path) -> Sample:
@@ -92,27 +131,82 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
 
 
 # --- videos ---
-class Video:
-    """A video file read by decord, frames addressed by their index in the original: what teacher.py
-    calls a Clip. Raises `DataError` where the file does not open or a frame does not decode."""
+class Decoder:
+    """decord in a process of its own: a corrupt packet can make it abort or hang, which then costs
+    that video and not the run. Serves one thread at a time."""
 
-    def __init__(self, path: str):
-        self.path, self._kept = str(path), {}
+    def __init__(self, patience: float = 60.0):
+        self.patience, self.child = patience, None  # seconds that a request may take
+
+    def __call__(self, path: str, indices: list[int] | None = None):
+        """The frames at `indices`, (n, height, width, 3) uint8; without, fps and all frames' times
+        in seconds. Raises `DataError`."""
+        self.child = self.child or Popen(
+            [sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        clock = threading.Timer(self.patience, self.child.kill)
+        clock.start()
         try:
-            self._reader = decord.VideoReader(self.path, num_threads=1)
-            self.fps = float(self._reader.get_avg_fps())
-        except (decord.DECORDError, RuntimeError, OSError) as error:
-            raise DataError(f"{path}: not a video that decord opens; replace the file") from error
-        if len(self) == 0 or not 0 < self.fps < 1e4:
-            raise DataError(f"{path}: {len(self)} frames at {self.fps} fps; replace the file")
+            pickle.dump((path, indices), self.child.stdin)
+            self.child.stdin.flush()
+            found = pickle.load(self.child.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            self.child.kill()
+            self.child = None
+            raise DataError(f"{path}: ended decord, or took it over {self.patience:.0f} s; replace "
+                            "the file") from error
+        finally:
+            clock.cancel()
+        if isinstance(found, str):
+            raise DataError(f"{path}: {found}; replace the file")
+        return found
+
+
+def serve_decoder() -> None:
+    """What the child does, until its parent is gone."""
+    readers = {}
+    while True:
+        try:
+            path, indices = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            reader = readers.pop(path, None) or decord.VideoReader(path, num_threads=1)
+            readers = dict([*readers.items(), (path, reader)][-8:])
+            if indices is None:
+                times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
+                found = float(reader.get_avg_fps()), (times - times[:1]).tolist()
+            else:
+                found = reader.get_batch(indices).asnumpy()
+        except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
+            found = "not a video that decord opens"
+            found = f"frames {indices[0]} to {indices[-1]} do not decode" if indices else found
+        pickle.dump(found, sys.stdout.buffer)
+        sys.stdout.flush()
+
+
+DECODER = Decoder()
+
+
+class Video:
+    """A video file, frames addressed by their index in the original: what teacher.py calls a Clip.
+    Raises `DataError` where the file does not open or a frame does not decode."""
+
+    def __init__(self, path: str, decoder: Decoder = DECODER):
+        self.path, self.decoder, self._kept = str(path), decoder, {}
+        self.fps, self.times = decoder(self.path)
+        if len(self) < 2 or not 0 < self.fps < 1e4:
+            raise DataError(f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file")
+        with open(path, "rb") as file:
+            name, size = file.read(4), int.from_bytes(file.read(4), "little")
+        if name == b"RIFF" and size + 8 > os.path.getsize(path):  # decord opens what is left
+            raise DataError(f"{path}: an AVI that is cut short; replace the file")
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self.times)
 
     def seconds(self, index: int) -> float:
         """Time of an original frame since the first, in seconds, at variable frame rates too."""
-        starts = self._reader.get_frame_timestamp([0, index])[:, 0]  # of each, its start and end
-        return float(starts[1] - starts[0])
+        return self.times[index]
 
     def uniform(self, num_frames: int) -> list[int]:
         """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""
@@ -121,11 +215,7 @@ class Video:
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
         """Original frames at native size."""
-        try:
-            batch = self._reader.get_batch(list(indices)).asnumpy()  # (n, height, width, 3) uint8
-        except (decord.DECORDError, RuntimeError, IndexError) as error:
-            raise DataError(f"{self.path}: frames {list(indices)} do not decode") from error
-        return [Image.fromarray(frame) for frame in batch]
+        return [Image.fromarray(frame) for frame in self.decoder(self.path, list(indices))]
 
     def frame(self, index: int) -> Image.Image:
         """One original frame at native size; the last few are kept, tools look at them again."""
@@ -141,6 +231,24 @@ def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
     size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
     return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
+    """Open every video, on all cores, and decode `num_frames` of each: its number of frames and its
+    seconds, or the `DataError`, by path."""
+    mine = threading.local()
+
+    def look(path: str):
+        try:
+            mine.decoder = getattr(mine, "decoder", None) or Decoder(patience)
+            video = Video(path, mine.decoder)
+            video.frames(video.uniform(num_frames))
+            return len(video), video.seconds(-1)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(paths, tqdm(pool.map(look, paths), "videos", len(paths), leave=False)))
 
 
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
@@ -257,84 +365,51 @@ def needle_caption(truth: dict, order: list[int]) -> str:
     return f"<think> flash {moment_time(truth['cue'])} {' '.join(seen)} </think>"
 
 
-# --- a teacher's brain without a model ---
-def scripted(truths: dict[str, list[dict]]) -> Callable:
-    """A brain for teacher.py that looks the evidence up by case id, but speaks the whole protocol.
-
-    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
-    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
-
-    def reply(talk: list[dict]) -> tuple[str, int]:
-        opening = talk[1]["content"][0]["text"]
-        case_id = opening.partition("\n")[0].removeprefix("Case: ")
-        if case_id not in truths:
-            return f"There is no evidence for {case_id}.", 0
-        response = opening.partition("The student's response:")[2]
-        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
-        evidence = (missed or truths[case_id][-1:])[0]
-        frames, region = evidence["key_frames"], evidence.get("region")
-        if len(talk) == 2:  # look first
-            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
-            if region:
-                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
-            return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
-        moment = evidence.get("moment", [min(frames), max(frames)])
-        regions = [{"frame": frames[0], "box": region}] if region else []
-        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
-                 "temporal_markers": [moment], "spatial_regions": regions}
-        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
-        return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
-
-    return lambda talks, seconds: [reply(talk) for talk in talks]
+def needle_texts(samples: list[Sample]) -> list[str]:
+    """Every word that a student of needle videos must know: questions, rationales, patches."""
+    seconds = [f / NEEDLE_FPS for f in range(MOMENTS * FRAMES_PER_MOMENT)]
+    return [
+        CAPTION, *COLOURS, *RELATIONS.values(), *map(moment_time, range(MOMENTS)),
+        *(f"<{second:.1f} seconds>" for second in seconds), *(s.question for s in samples),
+        *(step["guidance"] for s in samples for step in s.truth["evidence"]),
+        "flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
+        "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop",
+    ]
 
 
-# --- a student of the needle videos' size ---
-WORDS = ["user assistant flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
-         "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop"]
-SPECIALS = ["<|im_end|>", "<|pad|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-            "<|vision_end|>", "<|im_start|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
-    "{% if c.type == 'text' %}{{ c.text }}{% else %}"
-    "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# --- `python data.py FILE`: what is wrong with a data set, before a run ---
+def main() -> None:
+    if sys.argv[1:] == ["--decode"]:
+        return serve_decoder()
+    parser = argparse.ArgumentParser(description="Check a data set, and list what to skip.")
+    parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
+    parser.add_argument("--video_root", default="", help="folder the records' paths start from")
+    parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds a video may take")
+    parser.add_argument("--skip", help="where the list goes (default: FILE.skip.json)")
+    c = parser.parse_args()
+    try:
+        sha, records = digest(c.file), dict(read_records(c.file, c.video_root))
+    except (DataError, OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"data.py: {error}") from error
+    samples = {i: s for i, s in records.items() if isinstance(s, Sample)}
+    seen = look_at([*{s.path: 0 for s in samples.values()}], c.num_frames, c.patience)
+    records |= {i: seen[s.path] for i, s in samples.items()}
+    wrong = {i: str(fact) for i, fact in records.items() if isinstance(fact, DataError)}
+    fine = [s for i, s in samples.items() if i not in wrong]
+    for name in ("problem_type", "source"):
+        counts = Counter(getattr(s, name) for s in fine).most_common()
+        print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
+    for name, values in zip(("frames", "seconds"), zip(*(seen[s.path] for s in fine))):
+        least, middle, most = min(values), statistics.median(values), max(values)
+        print(f"  {name:14}{least:.5g} to {most:.5g}, median {middle:.5g}")
+    twice = len(fine) - len({(s.path, s.question, *s.options) for s in fine})
+    print(f"  {'asked again':14}{twice} (same question about the same video)")
+    listed = Path(c.skip or f"{c.file}.skip.json")
+    listed.write_text(json.dumps({"data": sha, "records": wrong}, indent=1, ensure_ascii=False))
+    print(*wrong.values(), f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
+          "others for train.py --skip", sep="\n")
 
 
-def tiny_student(folder: str, samples: list[Sample], seed: int) -> None:
-    """Save a random Qwen3-VL of 0.5 M parameters with its real processor and a tokenizer of words:
-    those of the questions, of rationales and of rendered patches."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # comes with transformers
-
-    texts = [CAPTION, *COLOURS, *RELATIONS.values(), *(s.question for s in samples), *WORDS]
-    texts += [e["guidance"] for s in samples for e in s.truth["evidence"]]
-    texts += [moment_time(m) for m in range(MOMENTS)]
-    texts += [f"<{f / NEEDLE_FPS:.1f} seconds>" for f in range(MOMENTS * FRAMES_PER_MOMENT)]
-    word = r"<[^<>|]+>|[A-Za-z]+|[^\sA-Za-z]"
-    words = sorted({w for text in texts for w in re.findall(word, text)})
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(word), "removed", invert=True)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=SPECIALS,
-    )
-    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16, "merge_size": 2,
-            "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}}
-    processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**look), tokenizer,
-        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE,
-    )
-    end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
-    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=4, head_dim=24, rope_parameters=rope, vocab_size=len(tokenizer),
-                pad_token_id=pad, eos_token_id=end, bos_token_id=None, initializer_range=0.08)
-    vision = dict(hidden_size=64, intermediate_size=128, depth=1, num_heads=2, out_hidden_size=96,
-                  num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
-    config = transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
-        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
-    )
-    torch.manual_seed(seed)
-    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+if __name__ == "__main__":
+    main()

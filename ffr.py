@@ -14,6 +14,9 @@ for π_θ, π_old and π_ref alike. Source: FFR §Method.
 """
 
 import hashlib
+import json
+import math
+import os
 import re
 import textwrap
 from collections import Counter
@@ -22,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
@@ -363,7 +367,73 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> b
     for question, rollout in fixed[:1]:
         safe = re.sub(r"[^\w-]", "_", question.sample.id)
         file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
         text, picture = draw_repair(question, rollout, config.kappa, config.lam)
         file.with_suffix(".txt").write_text(text, encoding="utf-8")
         picture.save(file)
     return bool(fixed)
+
+
+# --- test time: x alone ---
+EVALUATED = 64  # questions in a batch
+
+
+def evaluate(accelerator, student, samples, teach, spare, name: str) -> list[dict]:
+    """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
+    it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
+    student = replace(student, sampling=replace(student.sampling, temperature=0.0))
+    file, processes = Path(student.config.out, f"{name}.jsonl"), accelerator.num_processes
+    rows = read_rows(accelerator, file)
+    done = {row["id"] for row in rows}
+    left = [sample for sample in samples if sample.id not in done]
+    batches = range(0, len(left), EVALUATED * processes)
+    for start in tqdm(batches, name, leave=False, disable=not accelerator.is_main_process):
+        batch = left[start : start + EVALUATED * processes]
+        mine = batch[accelerator.process_index :: processes]
+        questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
+        with accelerator.autocast():
+            groups = find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
+        fresh = gather_object([
+            {"id": q.sample.id, "type": q.sample.problem_type, "source": q.sample.source,
+             "unaided": r.first.score.correct, "assisted": r.score.correct}
+            for q, (r,) in zip(questions, groups) if q.counts
+        ])
+        add_rows(accelerator, file, fresh)
+        rows += fresh
+    return rows
+
+
+def accuracy(rows: list[dict]) -> dict[str, dict]:
+    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
+    groups = {"all": rows}
+    for row in rows:
+        for kind in ("type", "source"):
+            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+    table = {}
+    for name, group in groups.items():
+        n, z = max(len(group), 1), 1.96
+        share = sum(row["unaided"] for row in group) / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+        table[name] = {"n": len(group), "accuracy": share, "low": middle - half,
+                       "high": middle + half}
+    return table
+
+
+def read_rows(accelerator, file: Path, last: float = math.inf) -> list[dict]:
+    """The rows of a .jsonl file; a line that was cut off, or of a step after `last`, is dropped."""
+    rows, size = [], 0
+    if accelerator.is_main_process and file.is_file():
+        for line in file.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line).get("step", 0) > last:
+                break
+            rows.append(json.loads(line))
+            size += len(line)
+        os.truncate(file, size)
+    return broadcast_object_list([rows])[0]
+
+
+def add_rows(accelerator, file: Path, rows: list[dict]) -> None:
+    if accelerator.is_main_process:
+        with open(file, "a", encoding="utf-8") as opened:
+            opened.writelines(json.dumps(row) + "\n" for row in rows)

@@ -9,11 +9,64 @@ dict of tensors that a processor returns for one conversation: some are (1, L) l
 others (pixels, grids) have rows of their own. Imports no sibling.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def load_policy(
+    name: str, attention: str = "", checkpointing: bool = False, freeze_vision: bool = False
+) -> tuple:
+    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
+    round updates of 5e-6 away; autocast is what computes in bf16. Raises ValueError where it cannot
+    be trained."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: no processor loads from there ({error})") from error
+    if not hasattr(processor, "video_processor") or not processor.chat_template:
+        raise ValueError(f"{name}: no video processor or chat template; save them there")
+    hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    opening = processor.apply_chat_template(hello, tokenize=False, add_generation_prompt=True)
+    if opening.rstrip().endswith("<think>"):
+        raise ValueError(f"{name}: its chat template opens <think> itself, so the format reward "
+                         "would be 0 for ever; take that out of the template")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        name, dtype=torch.float32, attn_implementation=attention or None
+    )
+    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        restore_positions(model.model)
+    vision = model.get_encoder("video")
+    if freeze_vision and vision is model:
+        raise ValueError(f"{name}: no vision tower is found in it; train it without freezing")
+    vision.requires_grad_(not freeze_vision)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, processor
+
+
+def restore_positions(backbone) -> None:
+    """Text after a video starts at the largest position so far + 1: with that Qwen2-VL's and
+    Qwen2.5-VL's weights were trained. From 5.3 on, transformers starts it where the frame's height
+    and width end, inside the video's time. Where both agree, nothing changes."""
+    rope_index = backbone.get_rope_index
+
+    def get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs):
+        positions, deltas = rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
+        for row, kind, delta in zip(positions.unbind(1), mm_token_type_ids == 2, deltas):
+            largest = row.max()  # row: (3, L), time, height and width; kind: is it of a video
+            for after in (kind[:-1] & ~kind[1:]).nonzero()[:, 0] + 1:
+                row[:, after:] += row[:, :after].max() + 1 - row[0, after]
+            delta += row.max() - largest  # what `generate` continues from
+        return positions, deltas
+
+    backbone.get_rope_index = get_rope_index
 
 
 @dataclass
@@ -141,6 +194,8 @@ def token_logps(
     tokens = torch.nn.utils.rnn.pad_sequence(ids, True, sampling.pad_id)  # (B, T)
     lengths = torch.tensor([len(row) for row in ids], device=tokens.device)
     mask = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()  # (B, T)
+    for module in model.modules():  # checkpointing needs training mode, dropout must stay off
+        module.training = isinstance(module, GradientCheckpointingLayer)
     tails, shape = {"input_ids": tokens, "attention_mask": mask}, batch["input_ids"].shape
     for key, value in batch.items():
         if value.shape == shape:  # one entry a token
@@ -202,11 +257,12 @@ def update(
     advantages, weights = (torch.tensor(v, device=ids[0].device) for v in (advantages, weights))
     old_logps = ref_logps = None
     for _ in range(num_updates):
-        logps, entropy, mask = token_logps(model, prompts, ids, sampling)  # (B, T)
+        with accelerator.autocast():
+            logps, entropy, mask = token_logps(model, prompts, ids, sampling)  # (B, T)
         mask, now = mask * weights[:, None], logps.detach()
         old_logps = now if old_logps is None else old_logps
         if reference is not None and ref_logps is None:
-            with torch.no_grad():
+            with torch.no_grad(), accelerator.autocast():
                 ref_logps = token_logps(reference, prompts, ids, sampling)[0]
         loss = grpo_loss(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon, beta)
         # Parts over the global token count are to be summed; DDP averages over processes.
@@ -221,3 +277,47 @@ def update(
     figures = {k: ((value * mask).sum() / total_tokens).item() for k, value in means.items()}
     gap = torch.stack(gaps).max().item()
     return figures | {"loss": loss.item(), "grad_norm": float(norm), "logp_gap": gap}
+
+
+# --- a policy to try it on ---
+SPECIALS = ["<|im_end|>", "<|pad|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+            "<|vision_end|>", "<|im_start|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% else %}"
+    "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
+    """Save a random Qwen3-VL of 0.5 M parameters with its real processor, and a tokenizer of the
+    words in `texts`."""
+    word = r"<[^<>|]+>|[A-Za-z]+|[^\sA-Za-z]"
+    words = sorted({w for text in ["user assistant", *texts] for w in re.findall(word, text)})
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(word), "removed", invert=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=SPECIALS,
+    )
+    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16, "merge_size": 2,
+            "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}}
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(**look), tokenizer,
+        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE,
+    )
+    end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
+    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, head_dim=24, rope_parameters=rope, vocab_size=len(tokenizer),
+                pad_token_id=pad, eos_token_id=end, bos_token_id=None, initializer_range=0.08)
+    vision = dict(hidden_size=64, intermediate_size=128, depth=1, num_heads=2, out_hidden_size=96,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
+        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
+    )
+    torch.manual_seed(seed)
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -19,6 +19,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -45,9 +47,12 @@ class Config:
     model: str = setting("", "student: folder or hub name of a video VLM; empty: tiny mode")
     data: str = setting("", "training records, .json or .jsonl in Video-R1's format")
     video_root: str = setting("", "folder the records' paths start from; empty: the file's own")
+    skip: str = setting("", "list of records to leave out, as `python data.py` writes it (ours)")
     eval_data: str = setting("", "held-out records, for accuracy before and after (ours)")
     out: str = setting("runs/ffr", "folder for metrics, summary, repairs and weights (ours)")
     seed: int = setting(0, "of everything random (ours)")
+    resume: bool = setting(False, "go on with the run in --out, if there is one (ours)")
+    eval_only: bool = setting(False, "measure --model on --data, train nothing (ours)")
 
     method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)")
     teacher: Literal["scripted", "local", "remote"] = setting("scripted", "the teacher's brain")
@@ -65,6 +70,11 @@ class Config:
     lam: float = setting(0.0, "λ, weight of alignment; 0 is the paper's equation (ours)")
 
     prompt: str = setting(ffr.PROMPT, "prompt with {question}, {options}, {suffix} (ours)")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "bf16 autocast on a GPU; weights "
+                                                         "are fp32")
+    attention: str = setting("", "e.g. sdpa, flash_attention_2; empty: transformers' choice")
+    gradient_checkpointing: bool = setting(False, "less memory, a second forward (ours)")
+    freeze_vision: bool = setting(False, "leave the vision tower as it is (ours)")
     num_frames: int = setting(16, "frames of the video that the student sees")
     frame_pixels: int = setting(128 * 28 * 28, "at most so many pixels in each of them")
     picture_pixels: int = setting(401408, "at most so many pixels in each picture of a patch")
@@ -86,6 +96,7 @@ class Config:
     max_steps: int = setting(0, "steps; 0: as many as the epochs have (ours)")
     questions_per_device: int = setting(1, "questions per process and step")
     save_steps: int = setting(200, "steps between checkpoints (ours)")
+    keep_checkpoints: int = setting(2, "the newest ones (ours)")
     log_with: str = setting("", "an accelerate tracker, e.g. tensorboard (ours)")
     cold_start_steps: int = setting(1000, "tiny mode: supervised steps before training (ours)")
 
@@ -98,7 +109,9 @@ TINY = {
 }
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
-SHOWN, EVALUATED = 8, 64  # repairs drawn over a run; questions per batch of an evaluation
+FREE = ("versions", "resume", "out", "log_with", "save_steps", "keep_checkpoints", "teacher_url",
+        "teacher_device", "teacher_workers", "teacher_timeout", "teacher_step_timeout")
+SHOWN = 8  # repairs drawn over a run
 
 
 def parse(arguments: list[str]) -> Config:
@@ -109,6 +122,8 @@ def parse(arguments: list[str]) -> Config:
     c = parser.parse_args_into_dataclasses(arguments)[0]
     for refused, why in [
         (c.model and not c.data, "--model needs --data FILE, the training records"),
+        (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
+        (min(c.save_steps, c.keep_checkpoints) < 1, "--save_steps, --keep_checkpoints: 1 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
         (min(c.kappa, c.lam, c.beta) < 0, "--kappa, --lam and --beta must be 0 or more"),
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
@@ -123,20 +138,9 @@ def parse(arguments: list[str]) -> Config:
 
 
 def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
-    """Model and processor from a folder or the hub. Weights are fp32: bf16 weights would round
-    updates of 5e-6 away (for speed, `accelerate launch --mixed_precision bf16`)."""
-    name = config.model
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"train.py: {name}: no processor loads from there ({error})") from error
-    if not hasattr(processor, "video_processor") or not processor.chat_template:
-        raise SystemExit(f"train.py: {name}: no video processor or chat template; save them there")
-    hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    if ffr.render_chat(processor, hello).rstrip().endswith("<think>"):
-        raise SystemExit(f"train.py: {name}: its chat template opens <think> itself, so the format "
-                         "reward would be 0 for ever; take that out of the template")
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+    model, processor = grpo.load_policy(
+        config.model, config.attention, config.gradient_checkpointing, config.freeze_vision
+    )
     sampling = grpo.sampling_for(
         model, processor, config.temperature, config.top_p, config.max_completion_length
     )
@@ -166,7 +170,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
             raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up")
-        chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
+        chat = teacher.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
     return partial(
         teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=config.teacher_sees_answer,
         num_frames=config.num_frames, timeout=config.teacher_timeout,
@@ -184,21 +188,32 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     if len(samples) < per_step:
         raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
     steps = config.max_steps or config.epochs * (len(samples) // per_step)
-    params = student.model.parameters()
+    params = [p for p in student.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = deepcopy(student.model).eval().requires_grad_(False) if config.beta > 0 else None
     model, optimizer = accelerator.prepare(student.model, optimizer)
-    bar = tqdm(total=steps, desc=config.method, disable=not accelerator.is_main_process)
-    history, shown = [], 0
-    for step in range(steps):
+    student.model = accelerator.unwrap_model(model)
+    if student.synced:  # fully_shard: call the root first, before `generate` calls the vision tower
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[student.sampling.pad_id]], device=accelerator.device))
+    accelerator.register_for_checkpointing(scheduler)
+    saved = newest_checkpoint(config) if config.resume else None
+    if saved:
+        accelerator.load_state(str(saved))
+    done, metrics_file = int(saved.name) if saved else 0, Path(config.out, "metrics.jsonl")
+    history = ffr.read_rows(accelerator, metrics_file, done)
+    bar = tqdm(total=steps, initial=done, desc=config.method,
+               disable=not accelerator.is_main_process)
+    for step in range(done, steps):
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, config, accelerator), spare)
         spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
         ask = teach and partial(teach, spent=spent)
-        groups = ffr.find_fix_reason(student, questions, config.num_rollouts, ask, config.kappa,
-                                     config.lam, (config.seed, step))
+        with accelerator.autocast():
+            groups = ffr.find_fix_reason(student, questions, config.num_rollouts, ask,
+                                         config.kappa, config.lam, (config.seed, step))
         rollouts = [rollout for group in groups for rollout in group]
         weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
         counted = [(q, r) for q, group in zip(questions, groups) for r in group if q.counts]
@@ -225,17 +240,20 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
         accelerator.log(metrics, step=step + 1)
-        if accelerator.is_main_process:
-            with open(f"{config.out}/metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if shown * steps <= step * SHOWN:
-                shown += ffr.show_repair(config, questions, groups, step + 1)
+        ffr.add_rows(accelerator, metrics_file, [metrics])
+        shown = len([*Path(config.out, "repairs").glob("*.txt")])
+        if accelerator.is_main_process and shown * steps <= step * SHOWN:
+            ffr.show_repair(config, questions, groups, step + 1)
         line = "unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}"
         bar.set_postfix_str(line.format(**metrics))
         bar.update()
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
-            accelerator.save_state(f"{config.out}/checkpoint")
+            save_checkpoint(accelerator, config, step + 1)
     bar.close()
+    weights = accelerator.get_state_dict(model)  # whole, where they are sharded
+    if accelerator.is_main_process:
+        student.model.save_pretrained(f"{config.out}/model", state_dict=weights)
+        student.processor.save_pretrained(f"{config.out}/model")
     return history
 
 
@@ -249,18 +267,50 @@ def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
     return [samples[i] for i in order[start : start + count]]
 
 
-def evaluate(accelerator, student, samples, teach, spare) -> dict[str, float]:
-    """Greedy accuracy on held-out records: unaided, and with the teacher's help where it failed."""
-    student = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    processes, rows = accelerator.num_processes, []
-    mine = samples[accelerator.process_index :: processes]
-    for start in range(0, -(-len(samples) // processes), EVALUATED):
-        questions = ffr.open_questions(student, mine[start : start + EVALUATED], spare)
-        questions = questions or [replace(spare, counts=False)]  # to keep in step
-        groups = ffr.find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
-        rows += [ffr.describe(q, group[0]) for group, q in zip(groups, questions) if q.counts]
-    right = [(not row["failure"], row["fix"]) for row in gather_object(rows)]
-    return dict(zip(("unaided", "assisted"), (sum(r) / len(r) for r in zip(*right))))
+# --- what outlives a crash ---
+def newest_checkpoint(config: Config) -> Path | None:
+    return max(Path(config.out, "checkpoints").glob("[0-9]*"), default=None)
+
+
+def save_checkpoint(accelerator, config: Config, step: int) -> None:
+    """Weights, optimizer, schedule and random states, whole or not at all; the oldest go."""
+    folder = Path(config.out, "checkpoints")
+    if accelerator.is_main_process:
+        shutil.rmtree(folder / "part", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(folder / "part"))
+    except (OSError, RuntimeError, SafetensorError) as error:  # ends the run, on every rank
+        raise SystemExit(f"train.py: no room for a checkpoint of step {step}? ({error}) Mend that "
+                         f"and --resume from {newest_checkpoint(config)}") from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (folder / "part").rename(folder / f"{step:06d}")
+        for old in sorted(folder.glob("[0-9]*"))[: -config.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def open_run(config: Config, processes: int) -> None:
+    """Write the manifest: all that a run's figures depend on. --resume refuses where it differs;
+    without it, a run in OUT is refused (in tiny mode it is replaced)."""
+    out, files = Path(config.out), [f for f in (config.data, config.eval_data, config.skip) if f]
+    file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
+    now = asdict(config) | {
+        "processes": processes, "sha256": {path: data.digest(path) for path in files},
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
+    if then and config.resume and differ:
+        raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
+    if then and config.model and not config.resume:
+        raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
+    if not config.model and not config.resume:
+        for name in ("metrics.jsonl", "before.jsonl", "after.jsonl"):
+            Path(out, name).unlink(missing_ok=True)
+        for name in ("checkpoints", "repairs"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
 
 # --- tiny mode ---
@@ -273,7 +323,7 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
     for name, (count, seed) in NEEDLES.items():
         data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
     samples = data.load_samples(f"{config.out}/cold/records.jsonl")
-    data.tiny_student(config.model, samples, config.seed)
+    grpo.tiny_policy(config.model, data.needle_texts(samples), config.seed)
     student = load_student(config, accelerator)
     teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
     rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
@@ -334,66 +384,96 @@ def main() -> None:
     began = time.time()
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # with a slow teacher
-    accelerator = Accelerator(cpu=cpu, log_with=config.log_with or None, project_dir=config.out,
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision={"bf16": "bf16", "fp32": "no"}.get(config.precision) or
+        (None if cpu else "bf16"), log_with=config.log_with or None, project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
-    if accelerator.device.type == "cpu":  # the launchers leave one thread to each process
+    if cpu:  # the launchers leave one thread to each process
         torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
-    if accelerator.is_main_process:
-        shutil.rmtree(f"{config.out}/repairs", ignore_errors=True)
-        Path(config.out, "repairs").mkdir(parents=True)
-        Path(config.out, "metrics.jsonl").write_text("")
-    if not config.model:
-        ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
-        text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
-        accelerator.print(textwrap.fill(text, 79))
-        sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
-        config = replace(config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
-        if accelerator.is_main_process:
-            cold_start(config, accelerator)
-        accelerator.wait_for_everyone()
     try:
-        samples = data.load_samples(config.data, config.video_root)
+        if accelerator.is_main_process:
+            open_run(config, accelerator.num_processes)
+        if not config.model:
+            config = tiny(config, accelerator)
+        accelerator.wait_for_everyone()
+        samples = data.load_samples(config.data, config.video_root, config.skip)
         held_out = config.eval_data and data.load_samples(config.eval_data, config.video_root) or []
-        for path in dict.fromkeys(sample.path for sample in samples + held_out):
-            data.Video(path)  # raises where the file is no video
+        if accelerator.is_main_process:
+            look_at(samples + held_out, config)
         student = load_student(config, accelerator)
         teach = load_teacher(config, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
         spare = ffr.open_question(student, longest)  # a prompt over the limit ends the run here
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {error}") from error
+    if config.eval_only:
+        rows = ffr.evaluate(accelerator, student, samples, None, spare, "evaluation")
+        if accelerator.is_main_process:
+            report(Path(config.out, "evaluation.json"),
+                   {"records": len(samples), "answered": len(rows)} | ffr.accuracy(rows))
+        return
     accelerator.init_trackers("ffr", asdict(config))
-    before = evaluate(accelerator, student, held_out, None, spare)
+    before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
     history = train(config, accelerator, student, samples, teach, spare)
-    after = evaluate(accelerator, student, held_out, teach, spare)
+    after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
     accelerator.end_training()
     if accelerator.is_main_process:
-        student.model.save_pretrained(f"{config.out}/model")
-        student.processor.save_pretrained(f"{config.out}/model")
-        report(config, history, before, after, time.time() - began, accelerator.num_processes)
+        figures = summarize_run(history, before, after)
+        more = {"seconds": round(time.time() - began, 1), "seed": config.seed,
+                "method": config.method, "processes": accelerator.num_processes}
+        report(Path(config.out, "summary.json"), figures | more)
 
 
-def report(config: Config, history, before, after, seconds: float, processes: int) -> None:
-    """Write summary.json and print it as a small table; thirds are of the training's steps."""
+def tiny(config: Config, accelerator) -> Config:
+    """Tiny mode's videos and student, and the settings that name them."""
+    ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
+    text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
+    accelerator.print(textwrap.fill(text, 79))
+    sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
+    config = replace(config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
+    if accelerator.is_main_process and not (config.resume and newest_checkpoint(config)):
+        cold_start(config, accelerator)
+    return config
+
+
+def summarize_run(history: list[dict], before: list[dict], after: list[dict]) -> dict:
+    """What a run came to; thirds are of the training's steps."""
     third = max(len(history) // 3, 1)
     thirds = {"first": history[:third], "last": history[-third:]}
     repairs = sum(row["intervention"] for row in history)
-    summary = {
-        "unaided_before": before.get("unaided"), "unaided_after": after.get("unaided"),
-        "assisted_after": after.get("assisted"),
-        **{f"{name}_{part}": sum(row[name] for row in rows) / third
+
+    def share(rows: list[dict], name: str) -> float | None:
+        return sum(row[name] for row in rows) / len(rows) if rows else None
+
+    return {
+        "unaided_before": share(before, "unaided"), "unaided_after": share(after, "unaided"),
+        "assisted_after": share(after, "assisted"),
+        **{f"{name}_{part}": share(rows, name)
            for name in ("failure", "intervention") for part, rows in thirds.items()},
         "fix_rate": sum(r["fix"] * r["intervention"] for r in history) / max(repairs, 1e-9),
         "teacher_failures": sum(row["teacher_failures"] for row in history),
-        "seconds": round(seconds, 1), "seed": config.seed, "method": config.method,
-        "processes": processes,
     }
-    Path(config.out, "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def report(file: Path, figures: dict) -> None:
+    """Write the figures as JSON and print them as a small table."""
+    file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print()
-    for name, value in {**summary, "pictures": f"{config.out}/repairs/"}.items():
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = "{accuracy:.3f}   95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
         print(f"  {name:20} {value:.3f}" if isinstance(value, float) else f"  {name:20} {value}")
+
+
+def look_at(samples: list[data.Sample], config: Config) -> None:
+    """Refuse to begin with a video that does not open."""
+    seen = data.look_at(list(dict.fromkeys(sample.path for sample in samples)))
+    broken = [fact for fact in seen.values() if isinstance(fact, data.DataError)]
+    if broken:
+        raise data.DataError(f"{broken[0]} ({len(broken)} such; `python data.py {config.data}` "
+                             "lists them for --skip)")
 
 
 if __name__ == "__main__":

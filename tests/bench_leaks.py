@@ -60,7 +60,7 @@ def rates(records: list[dict]) -> dict:
 def patch_texts(samples: list[data.Sample], leaks: bool, gate) -> list[str]:
     """What the student would read of each sample's patch: the scripted teacher's, after a random
     wrong answer, or that of one who says the answer."""
-    chat, rng = data.scripted({s.id: s.truth["evidence"] for s in samples}), random.Random(SEED)
+    chat, rng = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), random.Random(SEED)
     answers = {s.id: s.answer for s in samples}
 
     def tell(talks: list, seconds: float) -> list:
@@ -112,7 +112,7 @@ def blind_probe() -> dict:
                   "leaking_teacher": (True, no_gate), "leaking_teacher_gated": (True, ffr.gate)}
     with tempfile.TemporaryDirectory() as folder:
         samples = data.load_samples(data.needle_videos(f"{folder}/n", TRAINED + TESTED, SEED + 70))
-        data.tiny_student(f"{folder}/model", samples, SEED)
+        grpo.tiny_policy(f"{folder}/model", data.needle_texts(samples), SEED)
         arguments = [x for k, v in train.TINY.items() for x in (f"--{k}", str(v))]
         arguments += ["--model", f"{folder}/model", "--data", f"{folder}/n/records.jsonl"]
         config, accelerator = train.parse(arguments), train.Accelerator(cpu=True)

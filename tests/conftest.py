@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import data  # noqa: E402
 import ffr  # noqa: E402
+import grpo  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 
@@ -46,7 +47,7 @@ def samples(folder):
 
 @pytest.fixture(scope="session")
 def model_folder(folder, samples):
-    data.tiny_student(str(folder / "model"), samples, seed=0)
+    grpo.tiny_policy(str(folder / "model"), data.needle_texts(samples), seed=0)
     return str(folder / "model")
 
 
@@ -82,5 +83,5 @@ def questions(student, samples):
 @pytest.fixture
 def teach(samples):
     """The scripted teacher inside the whole protocol."""
-    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
     return lambda cases, **more: teacher.diagnose(cases, chat, ffr.gate, **more)

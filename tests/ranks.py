@@ -1,4 +1,4 @@
-"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|sharded|run FOLDER …`."""
+"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|sharded|run|lively …`."""
 
 import json
 import sys
@@ -77,7 +77,7 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     """One round and update as with sharded parameters: rank 1's teacher helps; rank 0's raises on
     every call, and one of rank 0's records does not open. Returns rollouts and figures."""
     student, rank = replace(student, synced=True), accelerator.process_index
-    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
     brain = chat if rank else raising
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
     if rank == 0:
@@ -122,11 +122,10 @@ def report(accelerator, out, **facts):
 def raises(folder, out):
     """Some steps with a teacher on both ranks, then with one that raises on every call of rank 1."""
     accelerator, student, samples = setup(folder)
-    chat, facts = data.scripted({s.id: s.truth["evidence"] for s in samples}), {}
+    chat, facts = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), {}
     spare = ffr.open_question(student, samples[0])
     for name in ("normal", "raising"):
         config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
-        Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
         brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)
@@ -160,6 +159,14 @@ def whole(model):
     return torch.cat([p.full_tensor().flatten() for p in model.parameters()])
 
 
+def lively(*arguments):
+    """train.py itself, with a verifier that finds a random student right now and then: without
+    unequal rewards every gradient would be 0."""
+    ffr.score = lambda text, *_: ffr.Score(float(len(text) % 3 == 0), 0.0, len(text) % 3 == 0)
+    sys.argv = ["train.py", *arguments]
+    train.main()
+
+
 def run(folder, *arguments):
     """train.py itself, on fewer videos."""
     train.NEEDLES = {"cold": (16, 1), "train": (12, 2), "held_out": (5, 3)}
@@ -168,5 +175,6 @@ def run(folder, *arguments):
 
 
 if __name__ == "__main__":
-    modes = {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run}
+    modes = {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run,
+             "lively": lively}
     modes[sys.argv[1]](*sys.argv[2:])

@@ -20,7 +20,7 @@ from teacher import TeacherError
 
 
 def train_once(config, accelerator, samples, teach, spare=None):
-    Path(config.out, "repairs").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(Path(config.out, "checkpoints"), ignore_errors=True)
     student = train.load_student(config, accelerator)
     spare = ffr.open_question(student, spare or samples[0])
     history = train.train(config, accelerator, student, samples, teach, spare)
