@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,6 +50,14 @@ def samples(folder):
 def model_folder(folder, samples):
     grpo.tiny_policy(str(folder / "model"), data.needle_texts(samples), seed=0)
     return str(folder / "model")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A file of 12 frames at 4 fps, each of one colour."""
+    frames = [Image.new("RGB", (64, 32), (k * 20, 0, 255 - k * 20)) for k in range(12)]
+    data.write_avi(str(tmp_path / "v.avi"), frames, fps=4)
+    return tmp_path / "v.avi"
 
 
 @pytest.fixture

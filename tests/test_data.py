@@ -12,13 +12,6 @@ GOOD = {"problem_id": 1, "problem": "What?", "problem_type": "numerical", "path"
         "data_type": "video", "options": [], "solution": "<answer>3</answer>"}
 
 
-@pytest.fixture
-def clip(tmp_path):
-    frames = [Image.new("RGB", (64, 32), (k * 20, 0, 255 - k * 20)) for k in range(12)]
-    data.write_avi(str(tmp_path / "v.avi"), frames, fps=4)
-    return tmp_path / "v.avi"
-
-
 def write(folder, records, name="r.jsonl"):
     text = "\n".join(json.dumps(r) for r in records) if name.endswith("l") else json.dumps(records)
     (folder / name).write_text(text)
