@@ -75,3 +75,75 @@ def test_a_step_trains(family, make_config, accelerator, samples, teach, tmp_pat
                          learning_rate=1e-3)
     _, (metrics,) = train_once(config, accelerator, samples, teach)
     assert metrics["logp_gap"] < 1e-4 and metrics["intervention"] == metrics["failure"] > 0
+
+
+def published_positions(kinds, grids, seconds_per_grid, merge, tokens_per_second):
+    """As Qwen2.5-VL's published weights were trained: a text token counts on by one; a token of a
+    picture or video is at (time, row, column) from where its block starts; what follows a block
+    starts at the largest position so far + 1. Written from that rule, token by token."""
+    positions, videos, pictures, k = [], iter(grids["video"]), iter(grids["image"]), 0
+    while k < len(kinds):
+        start = max((max(p) for p in positions), default=-1) + 1
+        if kinds[k] == 0:
+            positions.append((start,) * 3)
+            k += 1
+            continue
+        pace = tokens_per_second * seconds_per_grid if kinds[k] == 2 else 1
+        frames, height, width = next(videos if kinds[k] == 2 else pictures)
+        block = [(start + int(t * pace), start + y, start + x) for t in range(frames)
+                 for y in range(height // merge) for x in range(width // merge)]
+        positions += block
+        k += len(block)
+    return torch.tensor(positions).T
+
+
+def test_qwen2_5_vl_is_given_the_positions_its_weights_were_trained_with(
+    folder, make_config, accelerator, samples
+):
+    families.build("qwen2_5_vl", str(folder / "positions"))
+    config = make_config(model=str(folder / "positions"), frame_pixels=56 * 56, picture_pixels=56 * 56)
+    student = train.load_student(config, accelerator)
+    question = ffr.open_question(student, samples[0])
+    prompts = [question.prompt, ffr.encode(student, question, PATCH)]
+    batch = grpo.stack_prompts(prompts, student.sampling.pad_id)  # the first one is left-padded
+    vision, own = student.model.config.vision_config, student.model.model
+    got, deltas = own.get_rope_index(**{k: batch[k] for k in (
+        "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
+        "attention_mask")})
+    for row, prompt in enumerate(prompts):
+        length = prompt["input_ids"].shape[1]
+        grids = {kind: prompt.get(f"{kind}_grid_thw", torch.empty(0, 3)).long().tolist()
+                 for kind in ("video", "image")}
+        want = published_positions(
+            prompt["mm_token_type_ids"][0].tolist(), grids, float(prompt["second_per_grid_ts"][0]),
+            vision.spatial_merge_size, vision.tokens_per_second)
+        assert torch.equal(got[:, row, -length:], want)
+        assert int(deltas[row]) == int(want.max()) + 1 - length
+    untouched = type(own).get_rope_index(own, prompts[0]["input_ids"], **{
+        k: prompts[0][k] for k in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")})[0]
+    last = untouched[0, 0, -1] - got[0, 0, -1]
+    assert last <= 0  # 0 where the installed transformers has them right
+
+
+def test_checkpointing_and_a_frozen_tower_change_no_gradient_that_is_left(
+    family, make_config, accelerator, samples
+):
+    gradients = {}
+    for name, changes in [("plain", {}), ("checkpointed", {"gradient_checkpointing": True}),
+                          ("frozen", {"freeze_vision": True})]:
+        config = make_config(model=family, frame_pixels=56 * 56, picture_pixels=56 * 56, **changes)
+        student = train.load_student(config, accelerator)
+        prompt = ffr.open_question(student, samples[0]).prompt
+        recomputed = []
+        layer = student.model.get_decoder().layers[0]
+        layer.mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+        logps, _, _ = grpo.token_logps(
+            student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling)
+        logps.sum().backward()
+        assert len(recomputed) == 1 + (name == "checkpointed")
+        gradients[name] = {k: p.grad for k, p in student.model.named_parameters()}
+    for key, want in gradients["plain"].items():
+        assert torch.allclose(gradients["checkpointed"][key], want, atol=1e-7)
+        left = gradients["frozen"][key]
+        assert torch.equal(left, want) if left is not None else "vis" in key
+    assert sum(g is None for g in gradients["frozen"].values()) > 5
