@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,19 +59,31 @@ class Keep:
 
 
 def gradient(folder, out):
-    accelerator, student, samples = setup(folder)
-    model = accelerator.prepare(student.model)
-    rows = injected(student, [ffr.open_question(student, s) for s in samples[:4]])
-    share = len(rows) // accelerator.num_processes
-    mine = rows[accelerator.process_index * share :][:share]
-    keep, tokens = Keep(student.model), sum(len(c.ids) for _, c, _ in rows)
-    grpo.update(
-        accelerator, model, None, keep, [p for p, _, _ in mine], [c for _, c, _ in mine],
-        [a for *_, a in mine], [1.0] * share, tokens, student.sampling, beta=0.0, max_grad_norm=1e9,
-    )
+    """The gradient of injected rollouts, and where 20 steps on them lead, with SGD and with Adam."""
+    result = {}
+    for name in ("keep", "sgd", "adam"):
+        accelerator, student, samples = setup(folder)
+        reference = deepcopy(student.model)
+        rows = injected(student, [ffr.open_question(student, s) for s in samples[:4]])
+        share = len(rows) // accelerator.num_processes
+        mine = rows[accelerator.process_index * share :][:share]
+        parameters, model = [*student.model.parameters()], accelerator.prepare(student.model)
+        optimizer = {"keep": lambda: Keep(student.model),
+                     "sgd": lambda: torch.optim.SGD(parameters, 1e-3),
+                     "adam": lambda: torch.optim.AdamW(parameters, 1e-3)}[name]()
+        figures = []
+        for _ in range(1 if name == "keep" else 20):
+            own = grpo.update(
+                accelerator, model, reference, optimizer, [p for p, _, _ in mine],
+                [c for _, c, _ in mine], [a for *_, a in mine], [1.0] * share,
+                sum(len(c.ids) for _, c, _ in rows), student.sampling, max_grad_norm=1e9)
+            parts = train.gather_object([own])
+            figures.append([sum(part[k] for part in parts) for k in ("loss", "entropy", "kl")])
+        result[name] = {"figures": torch.tensor(figures), "weights": torch.cat(
+            [p.detach().flatten() for p in parameters])}
+        result |= {"gradient": optimizer.gradient} if name == "keep" else {}
     if accelerator.is_main_process:
-        result = {"processes": accelerator.num_processes, "gradient": keep.gradient}
-        torch.save(result, out)
+        torch.save(result | {"processes": accelerator.num_processes}, out)
 
 
 def lopsided_step(accelerator, student, samples, model, optimizer):
