@@ -24,7 +24,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import torch
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
@@ -386,12 +385,10 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
 def local(model, processor, max_tokens: int = 2048) -> Chat:
     """A brain that is a transformers vision-language model; all conversations go in one batch."""
 
-    @torch.no_grad()
     def chat(talks: list[list[dict]], seconds: float) -> list[Reply]:
-        processor.tokenizer.padding_side = "left"
         inputs = processor.apply_chat_template(
             talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True}).to(model.device)
+            processor_kwargs={"padding": True, "padding_side": "left"}).to(model.device)
         out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False,
                              max_time=0.8 * seconds)[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
