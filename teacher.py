@@ -24,6 +24,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from huggingface_hub import InferenceClient
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
@@ -347,11 +348,9 @@ def _store(file: Path, reply: Reply) -> None:
 
 # --- brains ---
 def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
-    """A brain behind an OpenAI-compatible endpoint that takes images. Time-outs, lost connections,
-    429 and 5xx are tried again while there is time, other 4xx are not. `key` stays in here."""
-    from huggingface_hub import InferenceClient
-
+    """A brain behind an OpenAI-compatible endpoint that takes images. `key` stays in here."""
     secret = key if key[7:] else "\0"  # a placeholder is no secret, and may be part of any word
+
     def complete(talk: list[dict], end: float) -> Reply:
         for attempt in range(MAX_TRIES):
             left = max(end - time.monotonic(), 0.01)
@@ -362,22 +361,20 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
                 text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
                 return text.replace(secret, "[key]"), int(tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
-                inner = error
-                while getattr(inner, "response", None) is None and inner.__context__:
-                    inner = inner.__context__  # the client may fail at an error's body
-                status = getattr(getattr(inner, "response", None), "status_code", 0)
-                cause = (f"http_{status}" if status else "malformed" if isinstance(error, BAD_DATA)
-                         else "timeout" if isinstance(error, TimeoutError) else "connection")
-                fault = TeacherError(cause, str(error).replace(secret, "[key]"))
-                asked = inner.response.headers.get("retry-after", "") if status else ""
+                fault = inner = error
+            while (response := getattr(inner, "response", None)) is None and inner.__context__:
+                inner = inner.__context__  # the client may fail at an error's body
+            status = getattr(response, "status_code", 0)
+            cause = (f"http_{status}" if status else "malformed" if isinstance(fault, BAD_DATA)
+                     else "timeout" if isinstance(fault, TimeoutError) else "connection")
+            asked = response.headers.get("retry-after", "") if status else ""
             date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * (1 + time.time() % 1)
             wait = float(asked) if asked.isdecimal() else wait
             wait = mktime_tz(date) - time.time() if date else wait
             again = cause in ("timeout", "connection") or status == 429 or status >= 500
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
-                break
+                return TeacherError(cause, str(fault).replace(secret, "[key]"))
             time.sleep(max(wait, 0.0))
-        return fault
 
     return lambda talks, seconds: [*map(complete, talks, [time.monotonic() + seconds] * len(talks))]
 
