@@ -172,8 +172,8 @@ def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
     if name != "get_temporal_segment":
         box = _box([values[corner] for corner in names[1:]]) if name == "zoom_region" else None
         return _picture(video, _index(values["frame_index"], video), box)
-    start, end = _index(values["start_frame"], video), _index(values["end_frame"], video)
-    indices = range(start, end + 1, max(1, _index(values["stride"], video)))
+    start, end, stride = (_index(values[key], video) for key in names)
+    indices = range(start, end + 1, max(1, stride))
     if not 0 < len(indices) <= MAX_SEGMENT:
         raise ValueError(f"that is {len(indices)} frames; ask for 1 to {MAX_SEGMENT}, use stride")
     return [part for index in indices for part in _picture(video, index)]
