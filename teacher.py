@@ -216,10 +216,9 @@ def parse_patch(text: str, video: Clip) -> EvidencePatch:
     except (*BAD_DATA, StopIteration) as error:
         raise TeacherError("malformed", _plain(str(error))) from error
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
-    keep = MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1)
-    if keep < 1:
-        sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
-        patch.spans = [((twice - n + 1) // 2, (twice + n - 1) // 2) for twice, n in sizes]
+    keep = min(1.0, MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1))
+    sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
+    patch.spans = [((twice - n + 1) // 2, (twice + n - 1) // 2) for twice, n in sizes]
     return patch
 
 
