@@ -230,32 +230,28 @@ def diagnose(
 ) -> list[EvidencePatch | TeacherError]:
     """A patch for each case, or why there is none: whatever goes wrong becomes a `TeacherError`.
 
-    With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time, each
-    on its own. One may take `timeout` seconds, all together `step_timeout`. `cache`: a folder of
-    replies by all that the brain is shown and by `brain`, its name and settings; failures replay
-    too, and with `chat` None nothing is asked. Equal cases are diagnosed once. Adds to `spent`."""
+    With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time. One
+    may take `timeout` seconds, all `step_timeout`. `cache`: a folder of replies and failures by all
+    that the brain is shown and by `brain`, its name and settings; `chat` None asks nothing else."""
     distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
-    batches = [[case] for case in distinct.values()] if workers else [[*distinct.values()]]
-    spent = Counter() if spent is None else spent
+    spent, verdicts = Counter() if spent is None else spent, {}
 
-    def work(batch: list[Case]) -> list[EvidencePatch | TeacherError]:
-        stop, results = min(end, time.monotonic() + timeout), {}
-        loops = [_tool_loop(case, gate, show_answer, num_frames, spent) for case in batch]
-        replies = dict.fromkeys(range(len(batch)))
+    def work(keys: list[str]) -> None:
+        stop, replies = min(end, time.monotonic() + timeout), dict.fromkeys(keys)
+        loops = {k: _tool_loop(distinct[k], gate, show_answer, num_frames, spent) for k in keys}
         while replies:
             talks = {}
-            for i, reply in replies.items():
+            for key, reply in replies.items():
                 try:
                     with LOCK:
-                        talks[i] = loops[i].send(reply)
+                        talks[key] = loops[key].send(reply)
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
-                    results[i] = getattr(last.with_traceback(None), "value", last)
+                    verdicts[key] = getattr(last.with_traceback(None), "value", last)
             replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
-        return [results[i] for i in range(len(batch))]
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = dict(zip(distinct, (r for batch in pool.map(work, batches) for r in batch)))
-    return [results[repr(case)] for case in cases]
+        list(pool.map(work, [[key] for key in distinct] if workers else [[*distinct]]))
+    return [verdicts[repr(case)] for case in cases]
 
 
 def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent: Counter):
