@@ -255,9 +255,8 @@ def diagnose(
 
 
 def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent: Counter):
-    """One conversation, as a generator: yields it, is sent the reply, returns the patch. A turn
-    calls tools, whose pictures are handed back, or closes with the JSON. A patch that leaks is
-    asked for once more with the reason, then reduced to its frames, times and regions."""
+    """One conversation, as a generator: yields it, is sent the reply, returns the patch. One that
+    leaks is asked for once more with the reason, then reduced to its frames, times and regions."""
     transcript, refusals = [], []
     try:
         talk = first_messages(case, show_answer, num_frames)
@@ -292,8 +291,7 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
 
 
 def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) -> list[Reply]:
-    """The next reply of each conversation: from the cache, else from the brain, called in a thread
-    so that one that hangs costs no more than its time."""
+    """The next reply of each conversation: from the cache, else from the brain."""
     keys = [cache and sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
     replies = [_load(Path(cache, key)) if cache else None for key in keys]
     asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
@@ -301,16 +299,15 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
 
     def call():
         try:
-            said = chat([talks[i] for i in asked], end - began)
+            said = zip(asked, chat([talks[i] for i in asked], end - began), strict=True)
             fresh[:] = [reply if isinstance(reply, TeacherError) else
-                        (_plain(reply[0][:MAX_REPLY]), int(reply[1]))
-                        for _, reply in zip(asked, said, strict=True)]
+                        (_plain(reply[0][:MAX_REPLY]), int(reply[1])) for _, reply in said]
         except Exception as error:  # whatever a brain raises costs its cases, never the run
             raised = _plain(f"{type(error).__name__}: {error}")
             fresh[:] = [TeacherError("raised", raised)] * len(asked)
 
     if chat and asked and end > began:
-        thread = threading.Thread(target=call, daemon=True)
+        thread = threading.Thread(target=call, daemon=True)  # one that hangs costs only its time
         thread.start()
         thread.join(end - began)
     for i, replies[i] in zip(asked, list(fresh)):  # a copy: what comes later is too late
