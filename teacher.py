@@ -3,8 +3,7 @@
     S_i = (x, y, τ_i)   `Case`            T       `diagnose` around a *brain* and a *gate*
     c_i, e_i            `EvidencePatch`   brain   `Chat`: `remote`, `local`, or any such function
 
-All brains share prompt, tools, limits, gate, deadlines and cache. A conversation is OpenAI chat
-messages, pictures as JPEG in data URLs. Sources: FFR §Find, §Fix, app. B. Imports no sibling.
+A conversation is OpenAI chat messages, pictures as JPEG in data URLs. FFR §Find, §Fix, app. B.
 """
 
 import base64
@@ -88,7 +87,6 @@ class TeacherError(Exception):
 Reply = tuple[str, int] | TeacherError  # its words, and how many tokens they took
 Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations, seconds it may take
 Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may take things out of it
-
 
 SYSTEM = """\
 A student answered a question about a video wrongly. Look at the video, find the one thing that it
