@@ -351,16 +351,17 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
                 text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
                 return text.replace(secret, "[key]"), int(tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
-                fault = inner = error
+                fault = inner = error.with_traceback(None)  # which holds the conversation
             while (response := getattr(inner, "response", None)) is None and inner.__context__:
                 inner = inner.__context__  # the client may fail at an error's body
             status = getattr(response, "status_code", 0)
             cause = (f"http_{status}" if status else "malformed" if isinstance(fault, BAD_DATA)
                      else "timeout" if isinstance(fault, TimeoutError) else "connection")
             asked = response.headers.get("retry-after", "") if status else ""
-            date, wait = parsedate_tz(asked), BACKOFF * 2**attempt * (1 + time.time() % 1)
+            wait = BACKOFF * 2**attempt * (1 + time.time() % 1)
             wait = float(asked) if asked.isdecimal() else wait
-            wait = mktime_tz(date) - time.time() if date else wait
+            with contextlib.suppress(*BAD_DATA):  # where it is a date
+                wait = mktime_tz(parsedate_tz(asked)) - time.time()
             again = cause in ("timeout", "connection") or status == 429 or status >= 500
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 return TeacherError(cause, str(fault).replace(secret, "[key]"))
