@@ -351,7 +351,7 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
                 text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
                 return text.replace(secret, "[key]"), int(tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
-                fault = inner = error.with_traceback(None)  # which holds the conversation
+                fault = inner = error
             while (response := getattr(inner, "response", None)) is None and inner.__context__:
                 inner = inner.__context__  # the client may fail at an error's body
             status = getattr(response, "status_code", 0)
