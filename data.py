@@ -12,13 +12,11 @@ import json
 import os
 import pickle
 import random
-import re
 import statistics
 import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -51,6 +49,12 @@ class Sample:
     truth: dict = field(default_factory=dict)
 
 
+def need(fine: object, problem: str) -> None:
+    """Raise `DataError` with the problem unless `fine`."""
+    if not fine:
+        raise DataError(problem)
+
+
 def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample]:
     """Read Video-R1 records from a `.json` list or a `.jsonl` file. `video_root` comes before each
     record's `path` (default: the data file's own folder); `skip` is the list that `python data.py`
@@ -61,73 +65,61 @@ def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample
             of, left_out = json.loads(Path(skip).read_text(encoding="utf-8")).values()
         except (AttributeError, ValueError) as error:
             raise DataError(f"{skip}: no skip list; python data.py {path} writes one") from error
-        if of != sha:
-            raise DataError(f"{skip}: lists another {path}; run python data.py {path} again")
-    samples = []
-    for number, found in read_records(path, video_root):
-        if str(number) in left_out:
-            continue
-        if isinstance(found, DataError):
-            raise found
-        samples.append(found)
+        need(of == sha, f"{skip}: lists another {path}; run python data.py {path} again")
+    found = read_records(path, video_root)
+    samples = [sample for number, sample in found.items() if str(number) not in left_out]
+    for broken in [sample for sample in samples if isinstance(sample, DataError)]:
+        raise broken
     return samples
 
 
 def digest(path: str) -> str:
     """SHA-256 of a file; raises `DataError` where there is none."""
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such data file; give a .json or .jsonl file")
+    need(Path(path).is_file(), f"{path}: no such data file; give a .json or .jsonl file")
     return sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read_records(path: str, video_root: str = "") -> Iterator[tuple[int, Sample | DataError]]:
-    """Every record's number, from 1, with its sample or what is wrong with it."""
-    file, seen = Path(path), {}
+def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
+    """By every record's number, from 1, its sample or what is wrong with it."""
+    file, found, seen = Path(path), {}, {}
     text = file.read_text(encoding="utf-8")
     try:
         lines = [line for line in text.splitlines() if line.strip()]
         records = lines if file.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); mend that place") from error
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: holds no records; expected a list of Video-R1 records")
+    need(isinstance(records, list) and records, f"{path}: holds no records; give a list of them")
     for i, record in enumerate(records, 1):
         where = f"{path}, record {i}"
         try:
             record = json.loads(record) if isinstance(record, str) else record
-            sample = _sample(record, where, Path(video_root or file.parent))
-            if seen.setdefault(sample.id, i) != i:
-                raise DataError(f"{where}: problem_id of record {seen[sample.id]}; drop one")
-            yield i, sample
+            found[i] = _sample(record, where, Path(video_root or file.parent))
+            first = seen.setdefault(found[i].id, i)
+            need(first == i, f"problem_id of record {first}; drop one")
         except json.JSONDecodeError as error:
-            yield i, DataError(f"{where}: not valid JSON ({error}); mend that place")
+            found[i] = DataError(f"{where}: not valid JSON ({error}); mend that place")
         except DataError as error:
-            yield i, error
+            found[i] = DataError(f"{where}: {error}")
+    return found
 
 
 def _sample(record: dict, where: str, root: Path) -> Sample:
-    def need(fine: object, problem: str) -> None:
-        if not fine:
-            raise DataError(f"{where}: {problem}")
-
     need(isinstance(record, dict), "no JSON object; each record is a dict of Video-R1's fields")
     for name in ("problem", "problem_type", "solution", "path"):
         fine = isinstance(record.get(name), str) and record[name].strip()
         need(fine, f"field '{name}' is missing or no text; add it or drop the record")
     kind, options = record["problem_type"], [str(o) for o in record.get("options") or []]
     need(record.get("data_type", "video") == "video", "data_type is not 'video'; drop the record")
-    known = f"use one of: {', '.join(PROBLEM_TYPES)}"
-    need(kind in PROBLEM_TYPES, f"unknown problem_type '{kind}'; {known}")
-    answer = re.search(r"<answer>(.*?)</answer>", record["solution"], re.DOTALL)
-    need(answer and answer[1].strip(), "solution has no <answer>…</answer>; wrap the answer in it")
+    known = ", ".join(PROBLEM_TYPES)
+    need(kind in PROBLEM_TYPES, f"unknown problem_type '{kind}'; use one of: {known}")
+    answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
+    need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    return Sample(
-        str(record.get("problem_id", where)), record["problem"], options, answer[1].strip(), kind,
-        str(video), str(record.get("data_source", "")), truth,
-    )
+    return Sample(str(record.get("problem_id", where)), record["problem"], options, answer.strip(),
+                  kind, str(video), str(record.get("data_source", "")), truth)
 
 
 # --- videos ---
@@ -389,7 +381,7 @@ def main() -> None:
     parser.add_argument("--skip", help="where the list goes (default: FILE.skip.json)")
     c = parser.parse_args()
     try:
-        sha, records = digest(c.file), dict(read_records(c.file, c.video_root))
+        sha, records = digest(c.file), read_records(c.file, c.video_root)
     except (DataError, OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"data.py: {error}") from error
     samples = {i: s for i, s in records.items() if isinstance(s, Sample)}
