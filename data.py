@@ -4,24 +4,24 @@
     student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8, Video-R1's record format; needle videos and `scripted` are ours. No sibling.
-"""
+Sources: FFR Table 8, Video-R1's format; needle videos and `scripted` are ours. No sibling."""
 
 import argparse
 import json
 import os
 import pickle
 import random
-import statistics
-import struct
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from statistics import median
+from struct import pack
 from subprocess import DEVNULL, PIPE, Popen
 
 import decord
@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 # Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
-PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
+TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
 
 
 class DataError(ValueError):
@@ -66,9 +66,8 @@ def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample
         except (AttributeError, ValueError) as error:
             raise DataError(f"{skip}: no skip list; python data.py {path} writes one") from error
         need(of == sha, f"{skip}: lists another {path}; run python data.py {path} again")
-    found = read_records(path, video_root)
-    samples = [sample for number, sample in found.items() if str(number) not in left_out]
-    for broken in [sample for sample in samples if isinstance(sample, DataError)]:
+    samples = [s for i, s in read_records(path, video_root).items() if str(i) not in left_out]
+    for broken in [s for s in samples if isinstance(s, DataError)]:
         raise broken
     return samples
 
@@ -110,8 +109,7 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
         need(fine, f"field '{name}' is missing or no text; add it or drop the record")
     kind, options = record["problem_type"], [str(o) for o in record.get("options") or []]
     need(record.get("data_type", "video") == "video", "data_type is not 'video'; drop the record")
-    known = ", ".join(PROBLEM_TYPES)
-    need(kind in PROBLEM_TYPES, f"unknown problem_type '{kind}'; use one of: {known}")
+    need(kind in TYPES, f"unknown problem_type '{kind}'; use one of: {', '.join(TYPES)}")
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
     need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
@@ -122,17 +120,15 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
                   kind, str(video), str(record.get("data_source", "")), truth)
 
 
-# --- videos ---
 class Decoder:
-    """decord in a process of its own: a corrupt packet can make it abort or hang, which then costs
-    that video and not the run. Serves one thread at a time."""
+    """decord in a process of its own: a corrupt packet can make it abort or hang, which then raises
+    `DataError` for that video and not the run. Serves one thread at a time."""
 
     def __init__(self, patience: float = 60.0):
         self.patience, self.child = patience, None  # seconds that a request may take
 
     def __call__(self, path: str, indices: list[int] | None = None):
-        """The frames at `indices`, (n, height, width, 3) uint8; without, fps and all frames' times
-        in seconds. Raises `DataError`."""
+        """Frames, (n, height, width, 3) uint8; without `indices`, fps and every frame's seconds."""
         self.child = self.child or Popen(
             [sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         clock = threading.Timer(self.patience, self.child.kill)
@@ -141,11 +137,9 @@ class Decoder:
             pickle.dump((path, indices), self.child.stdin)
             self.child.stdin.flush()
             found = pickle.load(self.child.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+        except (EOFError, OSError, pickle.UnpicklingError):
             self.child.kill()
-            self.child = None
-            raise DataError(f"{path}: ended decord, or took it over {self.patience:.0f} s; replace "
-                            "the file") from error
+            self.child, found = None, f"ended decord, or took it over {self.patience:.0f} s"
         finally:
             clock.cancel()
         if isinstance(found, str):
@@ -155,15 +149,11 @@ class Decoder:
 
 def serve_decoder() -> None:
     """What the child does, until its parent is gone."""
-    readers = {}
-    while True:
+    reader_of = lru_cache(8)(decord.VideoReader)
+    while sys.stdin.buffer.peek():
+        path, indices = pickle.load(sys.stdin.buffer)
         try:
-            path, indices = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            reader = readers.pop(path, None) or decord.VideoReader(path, num_threads=1)
-            readers = dict([*readers.items(), (path, reader)][-8:])
+            reader = reader_of(path, num_threads=1)
             if indices is None:
                 times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
                 found = float(reader.get_avg_fps()), (times - times[:1]).tolist()
@@ -176,15 +166,13 @@ def serve_decoder() -> None:
         sys.stdout.flush()
 
 
-DECODER = Decoder()
-
-
 class Video:
-    """A video file, frames addressed by their index in the original: what teacher.py calls a Clip.
-    Raises `DataError` where the file does not open or a frame does not decode."""
+    """A video, frames by their original index: teacher.py's Clip. Raises `DataError` if broken."""
 
-    def __init__(self, path: str, decoder: Decoder = DECODER):
-        self.path, self.decoder, self._kept = str(path), decoder, {}
+    def __init__(self, path: str, decoder: Decoder = Decoder()):
+        self.path, self.decoder = str(path), decoder
+        # frame(i): one original frame at native size; the last are kept, tools look at them again.
+        self.frame = lru_cache(32)(lambda i: Image.fromarray(decoder(str(path), [i])[0]))
         self.fps, self.times = decoder(self.path)
         if len(self) < 2 or not 0 < self.fps < 1e4:
             raise DataError(f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file")
@@ -209,31 +197,18 @@ class Video:
         """Original frames at native size."""
         return [Image.fromarray(frame) for frame in self.decoder(self.path, list(indices))]
 
-    def frame(self, index: int) -> Image.Image:
-        """One original frame at native size; the last few are kept, tools look at them again."""
-        if index not in self._kept:
-            if len(self._kept) >= 32:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[index] = self.frames([index])[0]
-        return self._kept[index]
-
 
 def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     """Shrink an image to at most `max_pixels`, keeping its shape; smaller ones stay as they are."""
     scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
-    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+    return image if scale == 1 else image.resize([max(1, int(side * scale)) for side in image.size])
 
 
 def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
-    """Open every video, on all cores, and decode `num_frames` of each: its number of frames and its
-    seconds, or the `DataError`, by path."""
-    mine = threading.local()
-
-    def look(path: str):
+    """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
+    def look(path: str, mine=threading.local()):  # a decoder for each thread
         try:
-            mine.decoder = getattr(mine, "decoder", None) or Decoder(patience)
-            video = Video(path, mine.decoder)
+            video = Video(path, vars(mine).setdefault("decoder", Decoder(patience)))
             video.frames(video.uniform(num_frames))
             return len(video), video.seconds(-1)
         except DataError as error:
@@ -245,29 +220,23 @@ def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> di
 
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + pack("<I", len(body)) + body
 
-    def chunk(name: bytes, *parts: bytes) -> bytes:
-        body = b"".join(parts)
-        return name + struct.pack("<I", len(body)) + body
-
-    jpegs = []
+    (w, h), n, most, movie, index = frames[0].size, len(frames), 0, b"movi", b""
     for frame in frames:
         buffer = BytesIO()
         frame.convert("RGB").save(buffer, "JPEG", quality=92)
-        jpegs.append(buffer.getvalue() + b"\0" * (len(buffer.getvalue()) % 2))
-    (w, h), n, most = frames[0].size, len(frames), max(map(len, jpegs))
-    avih = struct.pack("<14I", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, w, h, 0, 0, 0, 0)
-    strh = struct.pack("<4s4sIHH8I4H", b"vids", b"MJPG", 0, 0, 0, 0, 1, fps, 0, n, most, 2**32 - 1,
-                       0, 0, 0, w, h)
-    strf = struct.pack("<3I2H4s5I", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0)
-    streams = chunk(b"LIST", b"strl", chunk(b"strh", strh), chunk(b"strf", strf))
-    header = chunk(b"LIST", b"hdrl", chunk(b"avih", avih), streams)
-    index, offset = [], 4
-    for jpeg in jpegs:
-        index.append(struct.pack("<4sIII", b"00dc", 0x10, offset, len(jpeg)))
-        offset += 8 + len(jpeg)
-    movie = chunk(b"LIST", b"movi", *[chunk(b"00dc", jpeg) for jpeg in jpegs])
-    Path(path).write_bytes(chunk(b"RIFF", b"AVI ", header, movie, chunk(b"idx1", *index)))
+        jpeg = buffer.getvalue() + b"\0" * (buffer.tell() % 2)
+        most = max(most, len(jpeg))
+        index += pack("<4sIII", b"00dc", 0x10, len(movie), len(jpeg))
+        movie += chunk(b"00dc", jpeg)
+    avih = chunk(b"avih", pack("<10I16x", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, w, h))
+    strh = chunk(b"strh", pack("<8s12x6I8x2H", b"vidsMJPG", 1, fps, 0, n, most, 2**32 - 1, w, h))
+    strf = chunk(b"strf", pack("<3I2H4sI16x", 40, w, h, 1, 24, b"MJPG", w * h * 3))
+    header = chunk(b"LIST", b"hdrl" + avih + chunk(b"LIST", b"strl" + strh + strf))
+    content = header + chunk(b"LIST", movie) + chunk(b"idx1", index)
+    Path(path).write_bytes(chunk(b"RIFF", b"AVI " + content))
 
 
 # --- needle videos: one short moment answers the question ---
@@ -371,8 +340,6 @@ def needle_texts(samples: list[Sample]) -> list[str]:
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def main() -> None:
-    if sys.argv[1:] == ["--decode"]:
-        return serve_decoder()
     parser = argparse.ArgumentParser(description="Check a data set, and list what to skip.")
     parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
     parser.add_argument("--video_root", default="", help="folder the records' paths start from")
@@ -393,8 +360,7 @@ def main() -> None:
         counts = Counter(getattr(s, name) for s in fine).most_common()
         print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
     for name, values in zip(("frames", "seconds"), zip(*(seen[s.path] for s in fine))):
-        least, middle, most = min(values), statistics.median(values), max(values)
-        print(f"  {name:14}{least:.5g} to {most:.5g}, median {middle:.5g}")
+        print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
     twice = len(fine) - len({(s.path, s.question, *s.options) for s in fine})
     print(f"  {'asked again':14}{twice} (same question about the same video)")
     listed = Path(c.skip or f"{c.file}.skip.json")
@@ -404,4 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve_decoder() if sys.argv[1:] == ["--decode"] else main()
