@@ -243,9 +243,8 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
 COLOURS = {"red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220),
            "yellow": (240, 220, 40), "cyan": (40, 210, 220), "pink": (245, 110, 200),
            "white": (250, 250, 250), "black": (9, 9, 9)}
-RELATIONS = {-2: "two moments before the flash", -1: "one moment before the flash",
-             0: "during the flash", 1: "one moment after the flash",
-             2: "two moments after the flash"}
+RELATIONS = {-2: "two moments before", -1: "one moment before", 0: "during",
+             1: "one moment after", 2: "two moments after"}  # the flash
 MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
 CAPTION = "describe every moment"
 
@@ -261,63 +260,48 @@ def moment_time(moment: int) -> str:
 
 def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
     """Write `n` needle videos and their Video-R1 records; returns the path of `records.jsonl`.
-
-    Each moment (two frames) shows a square with a ring and a core colour, over a bar that tells the
-    time. One is flashed. The question asks for the colours at a moment relative to the flash, so it
-    takes finding (the flash), relating and reading."""
-    rng, root, margin = random.Random(seed), Path(folder), max(map(abs, relations))
+    Each moment (two frames) shows a square with a ring and a core colour, and one is flashed. The
+    question asks for the colours at a moment relative to the flash: find it, relate, read."""
+    rng, root, margin, records = random.Random(seed), Path(folder), max(map(abs, relations)), []
     root.mkdir(parents=True, exist_ok=True)
-    records = []
     for i in range(n):
         cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
-        look, name = cue + relation, f"needle-{seed}-{i:05d}"
+        look, name, frames = cue + relation, f"needle-{seed}-{i:05d}", []
         scenes = [(rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
                   for _ in range(MOMENTS)]  # left, top, ring, core
-        times = [(m, f) for m in range(MOMENTS) for f in moment_frames(m)]
-        frames = [_draw(rng, scenes[m], m == cue, f) for m, f in times]
+        for moment, (x, y, ring, core) in enumerate(scenes):
+            for frame in moment_frames(moment):  # a square, over a bar that tells the time
+                grey = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
+                image = grey.point(lambda v: (195 if moment == cue else 85) + v // 8).convert("RGB")
+                pen = ImageDraw.Draw(image)
+                pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
+                pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
+                pen.rectangle((0, NEEDLE_SIZE - 8, 8 * (frame + 1), NEEDLE_SIZE), (60, 60, 60))
+                frames.append(image)
         write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
         x, y, ring, core = scenes[look]
-        at_cue = {"key_frames": moment_frames(cue)[:1], "moment": moment_frames(cue)}
-        at_look = {"key_frames": moment_frames(look)[:1], "moment": moment_frames(look)}
         box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
-        # What a scripted teacher goes through, in order: the first step whose citation the
-        # rationale lacks is what failed; the last step is what is left (the reading).
-        evidence = [
-            {"cites": f"flash {moment_time(cue)}", "error_type": "temporal",
-             "guidance": "the flash is here", **at_cue},
-            {"cites": f"look {moment_time(look)}", "error_type": "misconception",
-             "guidance": "count from the flash", **at_cue},
-            {"error_type": "spatial", "guidance": "look at the square", "region": box, **at_look},
-        ]
-        records.append({
-            "problem_id": name, "data_source": "needle", "path": f"{name}.avi",
-            "data_type": "video", "problem_type": "exact", "options": [],
-            "problem": f"ring and core colour {RELATIONS[relation]} ?",
-            "solution": f"<answer>{ring} {core}</answer>", "evidence": evidence,
-            "moments": [scene[2:] for scene in scenes], "cue": cue, "look": look,
-        })
-    file = root / "records.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return str(file)
-
-
-def _draw(rng: random.Random, scene: tuple, flashed: bool, frame: int) -> Image.Image:
-    x, y, ring, core = scene
-    noise = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
-    grey = noise.point(lambda v: (195 if flashed else 85) + v // 8)
-    image = Image.merge("RGB", (grey, grey, grey))
-    pen = ImageDraw.Draw(image)
-    pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
-    pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
-    pen.rectangle((0, NEEDLE_SIZE - 8, 8 * (frame + 1), NEEDLE_SIZE), (60, 60, 60))  # time
-    return image
+        flash, shown = ({"key_frames": f[:1], "moment": f} for f in map(moment_frames, (cue, look)))
+        # A scripted teacher's steps: the first whose citation the rationale lacks, or the last.
+        evidence = [{"cites": f"flash {moment_time(cue)}", "error_type": "temporal",
+                     "guidance": "the flash is here", **flash},
+                    {"cites": f"look {moment_time(look)}", "error_type": "misconception",
+                     "guidance": "count from the flash", **flash},
+                    {"error_type": "spatial", "guidance": "look at the square",
+                     "region": box, **shown}]
+        records.append({"problem_id": name, "data_source": "needle", "path": f"{name}.avi",
+                        "data_type": "video", "problem_type": "exact", "options": [],
+                        "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
+                        "solution": f"<answer>{ring} {core}</answer>", "evidence": evidence,
+                        "moments": [scene[2:] for scene in scenes], "cue": cue, "look": look})
+    (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(root / "records.jsonl")
 
 
 def needle_rationale(truth: dict, cue: int, look: int) -> str:
     """The response that cites moments `cue` and `look` and reads the colours shown at `look`."""
-    seen = " ".join(truth["moments"][look])
-    cited = f"flash {moment_time(cue)} look {moment_time(look)} {seen}"
-    return f"<think> {cited} </think> <answer> {seen} </answer>"
+    told = needle_caption(truth | {"cue": cue}, [look])
+    return f"{told} <answer> {' '.join(truth['moments'][look])} </answer>"
 
 
 def needle_caption(truth: dict, order: list[int]) -> str:
@@ -328,14 +312,12 @@ def needle_caption(truth: dict, order: list[int]) -> str:
 
 def needle_texts(samples: list[Sample]) -> list[str]:
     """Every word that a student of needle videos must know: questions, rationales, patches."""
-    seconds = [f / NEEDLE_FPS for f in range(MOMENTS * FRAMES_PER_MOMENT)]
-    return [
-        CAPTION, *COLOURS, *RELATIONS.values(), *map(moment_time, range(MOMENTS)),
-        *(f"<{second:.1f} seconds>" for second in seconds), *(s.question for s in samples),
-        *(step["guidance"] for s in samples for step in s.truth["evidence"]),
-        "flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
-        "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop",
-    ]
+    seconds = [f"<{f / NEEDLE_FPS:.1f} seconds>" for f in range(MOMENTS * FRAMES_PER_MOMENT)]
+    guidance = [step["guidance"] for s in samples for step in s.truth["evidence"]]
+    return [CAPTION, *COLOURS, *RELATIONS.values(), *map(moment_time, range(MOMENTS)), *seconds,
+            *guidance, *(s.question for s in samples),
+            "the flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
+            "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop"]
 
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
