@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -83,7 +84,7 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
     file, found, seen = Path(path), {}, {}
     text = file.read_text(encoding="utf-8")
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
         records = lines if file.suffix == ".jsonl" else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); mend that place") from error
@@ -107,11 +108,14 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     for name in ("problem", "problem_type", "solution", "path"):
         fine = isinstance(record.get(name), str) and record[name].strip()
         need(fine, f"field '{name}' is missing or no text; add it or drop the record")
-    kind, options = record["problem_type"], [str(o) for o in record.get("options") or []]
+    kind = record["problem_type"]
     need(record.get("data_type", "video") == "video", "data_type is not 'video'; drop the record")
     need(kind in TYPES, f"unknown problem_type '{kind}'; use one of: {', '.join(TYPES)}")
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
     need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
+    options = record.get("options") or []
+    need(isinstance(options, list), "field 'options' is no list; mend it")
+    options = [str(option) for option in options]
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
@@ -129,8 +133,9 @@ class Decoder:
 
     def __call__(self, path: str, indices: list[int] | None = None):
         """Frames, (n, height, width, 3) uint8; without `indices`, fps and every frame's seconds."""
-        self.child = self.child or Popen(
-            [sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        if self.child is None or self.child.poll() is not None:
+            self.child = Popen([sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE,
+                               stderr=DEVNULL)
         clock = threading.Timer(self.patience, self.child.kill)
         clock.start()
         try:
@@ -139,7 +144,8 @@ class Decoder:
             found = pickle.load(self.child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.child.kill()
-            self.child, found = None, f"ended decord, or took it over {self.patience:.0f} s"
+            self.child.wait()
+            found = f"ended decord, or took it over {self.patience:.0f} s"
         finally:
             clock.cancel()
         if isinstance(found, str):
@@ -320,6 +326,37 @@ def needle_texts(samples: list[Sample]) -> list[str]:
             "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop"]
 
 
+# --- a teacher's brain without a model ---
+def scripted(truths: dict[str, list[dict]]) -> Callable:
+    """A brain for teacher.py that looks the evidence up by case id, but speaks the whole protocol.
+
+    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
+    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
+
+    def reply(talk: list[dict]) -> tuple[str, int]:
+        opening = talk[1]["content"][0]["text"]
+        case_id = opening.partition("\n")[0].removeprefix("Case: ")
+        if case_id not in truths:
+            return f"There is no evidence for {case_id}.", 0
+        response = opening.partition("The student's response:")[2]
+        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
+        evidence = (missed or truths[case_id][-1:])[0]
+        frames, region = evidence["key_frames"], evidence.get("region")
+        if len(talk) == 2:  # look first
+            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
+            if region:
+                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
+            return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
+        moment = evidence.get("moment", [min(frames), max(frames)])
+        regions = [{"frame": frames[0], "box": region}] if region else []
+        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
+                 "temporal_markers": [moment], "spatial_regions": regions}
+        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
+        return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
+
+    return lambda talks, seconds: [reply(talk) for talk in talks]
+
+
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check a data set, and list what to skip.")
@@ -346,7 +383,8 @@ def main() -> None:
     twice = len(fine) - len({(s.path, s.question, *s.options) for s in fine})
     print(f"  {'asked again':14}{twice} (same question about the same video)")
     listed = Path(c.skip or f"{c.file}.skip.json")
-    listed.write_text(json.dumps({"data": sha, "records": wrong}, indent=1, ensure_ascii=False))
+    listed.write_text(json.dumps({"data": sha, "records": wrong}, indent=1, ensure_ascii=False),
+                      encoding="utf-8")
     print(*wrong.values(), f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
           "others for train.py --skip", sep="\n")
 

@@ -383,33 +383,3 @@ def local(model, processor, max_tokens: int = 2048) -> Chat:
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
     return chat
-
-
-def scripted(truths: dict[str, list[dict]]) -> Callable:
-    """A brain without a model: it looks the evidence up by case id, but speaks the whole protocol.
-
-    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
-    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
-
-    def reply(talk: list[dict]) -> tuple[str, int]:
-        opening = talk[1]["content"][0]["text"]
-        case_id = opening.partition("\n")[0].removeprefix("Case: ")
-        if case_id not in truths:
-            return f"There is no evidence for {case_id}.", 0
-        response = opening.partition("The student's response:")[2]
-        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
-        evidence = (missed or truths[case_id][-1:])[0]
-        frames, region = evidence["key_frames"], evidence.get("region")
-        if len(talk) == 2:  # look first
-            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
-            if region:
-                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
-            return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
-        moment = evidence.get("moment", [min(frames), max(frames)])
-        regions = [{"frame": frames[0], "box": region}] if region else []
-        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
-                 "temporal_markers": [moment], "spatial_regions": regions}
-        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
-        return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
-
-    return lambda talks, seconds: [reply(talk) for talk in talks]

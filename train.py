@@ -170,7 +170,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
             raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up")
-        chat = teacher.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
+        chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
     return partial(
         teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=config.teacher_sees_answer,
         num_frames=config.num_frames, timeout=config.teacher_timeout,

@@ -11,6 +11,7 @@ no allocator's rounding, no fragmentation, no kernels' workspaces.
 
 import json
 import sys
+import weakref
 from copy import deepcopy
 from pathlib import Path
 
@@ -67,14 +68,20 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, *modules):
         super().__init__()
-        self.live, self.bytes = WeakIdKeyDictionary(), 0
+        self.live, self.now, self.bytes = WeakIdKeyDictionary(), 0, 0
         self.note([t for m in modules for t in (*m.parameters(), *m.buffers())])
 
     def note(self, tensors):
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self.live[storage] = storage.nbytes()
-        self.bytes = max(self.bytes, sum(self.live.values()))
+            if storage not in self.live:
+                self.live[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.bytes = max(self.bytes, self.now)
+
+    def free(self, size):
+        self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

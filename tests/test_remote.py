@@ -33,7 +33,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, samples):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.brain = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+        self.brain = data.scripted({s.id: s.truth["evidence"] for s in samples})
         self.reset()
 
     def reset(self):

@@ -208,7 +208,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
 def test_scripted_brain_names_the_step_that_failed(samples):
     sample = samples[0]
     cue, look = sample.truth["cue"], sample.truth["look"]
-    chat = teacher.scripted({sample.id: sample.truth["evidence"]})
+    chat = data.scripted({sample.id: sample.truth["evidence"]})
     video = data.Video(sample.path)
 
     def patch(*cited):
