@@ -382,6 +382,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     began = time.time()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # with a slow teacher
     accelerator = Accelerator(

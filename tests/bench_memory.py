@@ -28,7 +28,7 @@ import grpo  # noqa: E402
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, STOP = 2048, 1, 2, 3, 4, 5
 BASE = dict(G=4, frames=8, completion=32, beta=0.04)
-SWEEPS = dict(G=(2, 4, 8), frames=(4, 8, 16), completion=(16, 32, 64, 128), beta=(0.0, 0.04))
+SWEEPS = dict(G=(2, 4, 8), frames=(4, 16), completion=(16, 128), beta=(0.0,))
 # Qwen2.5-VL-7B, and the paper's settings: 16 frames of 128 · 28 · 28 pixels, two to a token step
 SEVEN = dict(P=8.29e9, layers=28, width=3584, kv=512, depth=32, vision=1280, V=152_064)
 PAPER = dict(G=8, prompt=8 * 128 + 200, patches=16 // 2 * 128 * 4, completion=1024)
