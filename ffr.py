@@ -15,12 +15,9 @@ for π_θ, π_old and π_ref alike. Source: FFR §Method.
 
 import hashlib
 import json
-import math
 import os
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,38 +101,33 @@ def open_question(student: Student, sample: Sample) -> Question:
     indices = video.uniform(student.config.num_frames)
     frames = [fit(frame, student.config.frame_pixels) for frame in video.frames(indices)]
     question = Question(sample, video, indices, frames)
-    question.prompt = encode(student, question)
-    return question
+    return replace(question, prompt=encode(student, question))
 
 
 def open_questions(student: Student, samples: list[Sample], spare: Question) -> list[Question]:
-    """Open each sample. One that fails costs that record: `spare` stands in, without counting, so
-    that all processes keep in step."""
-    questions = []
-    for sample in samples:
+    """Open each sample. `spare` stands in for one that fails, so that processes keep in step."""
+    questions = [replace(spare, counts=False)] * len(samples)
+    for k, sample in enumerate(samples):
         try:
-            questions.append(open_question(student, sample))
+            questions[k] = open_question(student, sample)
         except ValueError as error:
             tqdm.write(f"skipped: {error}")
-            questions.append(replace(spare, counts=False))
     return questions
 
 
 # --- prompts, with and without a patch ---
-def build_messages(student: Student, sample: Sample, patch_parts: list = ()) -> list[dict]:
-    """The chat: the video, the question, and after it the patch. The question text is the same
-    with and without a patch, so the unpatched user turn is a prefix of the patched one."""
+def build_messages(student: Student, sample: Sample, parts: list = ()) -> list[dict]:
+    """The chat: video, question, patch. The user turn without a patch is a prefix of this one."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
-    content = [{"type": "video"}, {"type": "text", "text": text}]
-    return [{"role": "user", "content": [*content, *patch_parts]}]
+    parts = [{"type": "video"}, {"type": "text", "text": text}, *parts]
+    return [{"role": "user", "content": parts}]
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
-    """The patch as chat parts: a text block, then key frames with regions drawn, and crops, of the
-    original video at native size. Times are written as Qwen3-VL's processor writes them. Without
-    pictures the regions are given by their corners."""
+    """The patch as chat parts: a text, with times as Qwen3-VL's processor writes them, then key
+    frames with regions drawn, and crops, at native size; without pictures, regions by corners."""
 
     def at(first: int, last: int) -> str:
         start, end = video.seconds(first), video.seconds(last)
@@ -155,35 +147,31 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
     if not pictures:
         return parts
     drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames}
-    crops = []
+    shown = [(f"\nFrame{at(frame, frame)}:", image) for frame, image in drawn.items()]
     for region in patch.regions:
-        image = video.frame(region.frame)
-        crops.append(("Crop", region.frame, image.crop(region.corners(image))))
+        image, label = video.frame(region.frame), f"\nCrop{at(region.frame, region.frame)}:"
+        shown.append((label, image.crop(region.corners(image))))
         if region.frame in drawn:
             pen, width = ImageDraw.Draw(drawn[region.frame]), max(2, min(image.size) // 100)
             pen.rectangle(region.corners(image), outline=(255, 0, 0), width=width)
-    for kind, frame, image in [*(("Frame", *item) for item in drawn.items()), *crops]:
-        parts.append({"type": "text", "text": f"\n{kind}{at(frame, frame)}:"})
-        parts.append({"type": "image", "image": image})
+    for label, image in shown:
+        parts += [{"type": "text", "text": label}, {"type": "image", "image": image}]
     return parts
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
     """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt_length`
     tokens: cutting it would cut vision tokens off their pixels."""
-    parts, config, video = [], student.config, question.video
-    if patch is not None:
-        parts = render_patch(patch, video, question.spacing, config.patch_pictures)
+    config, video, fps = student.config, question.video, question.video.fps
+    parts = render_patch(patch, video, question.spacing, config.patch_pictures) if patch else []
     pictures = [fit(p["image"], config.picture_pixels) for p in parts if p["type"] == "image"]
     text = render_chat(student.processor, build_messages(student, question.sample, parts))
     # Processors take index / fps for the time: only this is right at variable frame rates too.
-    indices = [video.seconds(i) * video.fps for i in question.indices]
-    metadata = VideoMetadata(len(video), video.fps, duration=len(video) / video.fps,
-                             frames_indices=indices)
-    inputs = student.processor(
-        text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
-        do_sample_frames=False, return_tensors="pt",
-    )
+    indices = [video.seconds(i) * fps for i in question.indices]
+    metadata = VideoMetadata(len(video), fps, duration=len(video) / fps, frames_indices=indices)
+    inputs = student.processor(text=[text], videos=[question.frames], images=pictures or None,
+                               video_metadata=[metadata], do_sample_frames=False,
+                               return_tensors="pt")
     length, most = inputs["input_ids"].shape[1], config.max_prompt_length
     if length > most:
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
@@ -196,49 +184,43 @@ def render_chat(processor, messages: list[dict]) -> str:
 
 
 # --- the round: Find → Fix → Reason ---
-def find_fix_reason(
-    student: Student, questions: list[Question], num_rollouts: int, teacher: Callable | None,
-    kappa: float, lam: float, seed: tuple,
-) -> list[list[Rollout]]:
+def find_fix_reason(student: Student, questions: list[Question], num_rollouts: int, teacher,
+                    kappa: float, lam: float, seed: tuple) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
-
     `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
     `seed` names the round: a rollout's randomness comes from it, the sample and its place in the
     group, so no rollout depends on what becomes of another."""
     model, sampling, synced = student.model, student.sampling, student.synced
     # τ_i ~ π_old(· | x), i = 1 … G
-    asked = [(question, i) for question in questions for i in range(num_rollouts)]
-    seeds = [_seed(seed, question.sample.id, i, "first") for question, i in asked]
-    prompts = [question.prompt for question in questions]
-    completions = generate(model, prompts, seeds, sampling, num_rollouts, synced)
-    chosen = [judge(student, q, q.prompt, c) for (q, _), c in zip(asked, completions)]
+    asked = [question for question in questions for _ in range(num_rollouts)]
+    seeds = [_seed(seed, q.sample.id, k % num_rollouts, "first") for k, q in enumerate(asked)]
+    answers = generate(model, [q.prompt for q in questions], seeds, sampling, num_rollouts, synced)
+    chosen = [judge(student, q, q.prompt, answer) for q, answer in zip(asked, answers)]
     # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
-    failed = [k for k, (question, _) in enumerate(asked)
-              if teacher is not None and question.counts and not chosen[k].score.correct]
-    verdicts = teacher([case_of(asked[k][0], chosen[k].text) for k in failed]) if failed else []
+    wrong = [k for k, q in enumerate(asked) if teacher and q.counts and not chosen[k].score.correct]
+    verdicts = teacher([case_of(asked[k], chosen[k].text) for k in wrong]) if wrong else []
     # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
     repairs, encoded = [], {}
-    for k, verdict in zip(failed, verdicts):
+    for k, verdict in zip(wrong, verdicts):
         if isinstance(verdict, TeacherError):  # τ_i stays, with its plain reward, untaxed
             chosen[k].error = verdict
             continue
-        key = (id(asked[k][0]), repr(verdict))  # equal patches share a prompt
+        key = (id(asked[k]), repr(verdict))  # equal patches share a prompt
         try:
-            encoded[key] = encoded.get(key) or encode(student, asked[k][0], verdict)
+            encoded[key] = encoded.get(key) or encode(student, asked[k], verdict)
             repairs.append((k, verdict, encoded[key]))
         except ValueError as error:  # over the prompt limit, or a frame that does not decode
             chosen[k].error = TeacherError("prompt", str(error))
-    seeds = [_seed(seed, asked[k][0].sample.id, asked[k][1], "again") for k, *_ in repairs]
+    seeds = [_seed(seed, asked[k].sample.id, k % num_rollouts, "again") for k, *_ in repairs]
     patched = [prompt for *_, prompt in repairs]
-    if synced and teacher is not None:
+    if synced and teacher:
         patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
     again = generate(model, patched, seeds, sampling, 1, synced) if patched else []
     # τ̂_i = τ_i if z_i = 1 else τ*_i
     for (k, patch, prompt), completion in zip(repairs, again):
-        question = asked[k][0]
-        repaired = judge(student, question, prompt, completion)
-        spans = [tuple(map(question.video.seconds, span)) for span in patch.spans]
-        repaired.align = alignment(repaired.text, spans, question.spacing / 2)
+        repaired = judge(student, asked[k], prompt, completion)
+        spans = [tuple(map(asked[k].video.seconds, span)) for span in patch.spans]
+        repaired.align = alignment(repaired.text, spans, asked[k].spacing / 2)
         repaired.patch, repaired.failed, chosen[k] = patch, chosen[k], repaired
     for r in chosen:
         repaired = r.score if r.failed else None
@@ -283,37 +265,31 @@ def _seed(*parts) -> int:
 # --- what is measured and shown of a round ---
 def describe(question: Question, r: Rollout) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""
-    spans = r.patch.spans if r.patch else []
-    return {
-        "failure": not r.first.score.correct, "intervention": r.failed is not None,
-        "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
-        "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
-        "patch_frames": len(r.patch.key_frames) if r.patch else 0,
-        "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
-        "cause": r.error and r.error.cause,
-        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
-    }
+    frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
+    return {"failure": not r.first.score.correct, "intervention": r.failed is not None,
+            "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
+            "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
+            "cause": r.error and r.error.cause, "patch_frames": len(frames),
+            "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
+            "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x)}
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
     """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-
-    def mean(names: str, among: list[dict]) -> dict:
-        return {k: sum(row[k] for row in among) / max(len(among), 1) for k in names.split()}
-
-    metrics = mean("failure intervention reward format truncated length", rows)
     repaired = [row for row in rows if row["intervention"]]
-    metrics |= mean("fix align patch_frames patch_seconds", repaired)
+    means = {"failure intervention reward format truncated length": rows,
+             "fix align patch_frames patch_seconds": repaired}
+    metrics = {name: sum(row[name] for row in among) / max(len(among), 1)
+               for names, among in means.items() for name in names.split()}
     metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
     for name in updates[0]:
         largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
         metrics[name] = (max if largest else sum)(update[name] for update in updates)
-    causes = Counter(row["cause"] for row in rows if row["cause"])
+    causes = [row["cause"] for row in rows if row["cause"]]
     asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
-    metrics |= {"unaided": 1 - metrics["failure"] if rows else 0.0,
-                "won_per_call": sum(row["fix"] for row in repaired) / asked,
-                "teacher_failures": causes.total()}
-    return metrics | {f"teacher_{cause}": count for cause, count in causes.items()}
+    metrics |= {"unaided": 1 - metrics["failure"] if rows else 0.0, "teacher_failures": len(causes),
+                "won_per_call": sum(row["fix"] for row in repaired) / asked}
+    return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
 
 
 def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> tuple:
@@ -375,10 +351,7 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> b
 
 
 # --- test time: x alone ---
-EVALUATED = 64  # questions in a batch
-
-
-def evaluate(accelerator, student, samples, teach, spare, name: str) -> list[dict]:
+def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
     """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
     it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
@@ -386,18 +359,16 @@ def evaluate(accelerator, student, samples, teach, spare, name: str) -> list[dic
     rows = read_rows(accelerator, file)
     done = {row["id"] for row in rows}
     left = [sample for sample in samples if sample.id not in done]
-    batches = range(0, len(left), EVALUATED * processes)
+    batches = range(0, len(left), at_once * processes)
     for start in tqdm(batches, name, leave=False, disable=not accelerator.is_main_process):
-        batch = left[start : start + EVALUATED * processes]
-        mine = batch[accelerator.process_index :: processes]
+        mine = left[start + accelerator.process_index : start + at_once * processes : processes]
         questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
         with accelerator.autocast():
             groups = find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
         fresh = gather_object([
             {"id": q.sample.id, "type": q.sample.problem_type, "source": q.sample.source,
              "unaided": r.first.score.correct, "assisted": r.score.correct}
-            for q, (r,) in zip(questions, groups) if q.counts
-        ])
+            for q, (r,) in zip(questions, groups) if q.counts])
         add_rows(accelerator, file, fresh)
         rows += fresh
     return rows
@@ -405,32 +376,27 @@ def evaluate(accelerator, student, samples, teach, spare, name: str) -> list[dic
 
 def accuracy(rows: list[dict]) -> dict[str, dict]:
     """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
-    groups = {"all": rows}
+    groups, table = {"all": rows}, {}
     for row in rows:
         for kind in ("type", "source"):
             groups.setdefault(f"{kind} {row[kind]}", []).append(row)
-    table = {}
     for name, group in groups.items():
         n, z = max(len(group), 1), 1.96
         share = sum(row["unaided"] for row in group) / n
         middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = {"n": len(group), "accuracy": share, "low": middle - half,
-                       "high": middle + half}
+        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
     return table
 
 
-def read_rows(accelerator, file: Path, last: float = math.inf) -> list[dict]:
+def read_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
     """The rows of a .jsonl file; a line that was cut off, or of a step after `last`, is dropped."""
-    rows, size = [], 0
+    lines = []
     if accelerator.is_main_process and file.is_file():
-        for line in file.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line).get("step", 0) > last:
-                break
-            rows.append(json.loads(line))
-            size += len(line)
-        os.truncate(file, size)
-    return broadcast_object_list([rows])[0]
+        lines = [line for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= last]
+        os.truncate(file, sum(map(len, lines)))
+    return broadcast_object_list([[json.loads(line) for line in lines]])[0]
 
 
 def add_rows(accelerator, file: Path, rows: list[dict]) -> None:
