@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
@@ -293,50 +293,42 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
 
 
 def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> tuple:
-    """A repaired rollout in the order of the method: as text, and as a picture 1,200 px wide with
-    the frames that the student saw and the patch's pictures."""
+    """A repaired rollout in the order of the method, as text and as a picture 1,200 px wide."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence, *parts = render_patch(patch, question.video, question.spacing)
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
     if lam * s.correct * rollout.align:
         reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
-    seconds = map(question.video.seconds, question.indices)
-    seen = [(frame, f"{time:.1f} s") for time, frame in zip(seconds, question.frames)]
+    times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
     given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
-    sections = [  # heading, text, pictures and their height
-        (f"Question ({sample.problem_type})", asked, [], 0),
-        ("The student sees", "", seen, 96),
-        ("First answer, wrong", rollout.failed.text.strip(), [], 0),
-        ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", [], 0),
-        ("Fix: the evidence patch", evidence["text"].strip(), given, 220),
-        (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), [], 0),
-        ("Reward", f"{reward} = {rollout.reward:.2f}", [], 0),
+    sections = [  # heading, text, pictures with their labels
+        (f"Question ({sample.problem_type})", asked, []),
+        ("The student sees", "", [*zip(question.frames, times)]),
+        ("First answer, wrong", rollout.failed.text.strip(), []),
+        ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
+        ("Fix: the evidence patch", evidence["text"].strip(), given),
+        (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), []),
+        ("Reward", f"{reward} = {rollout.reward:.2f}", []),
     ]
-    font, bold, line, edge = ImageFont.load_default(19), ImageFont.load_default(23), 26, 24
-    page = Image.new("RGB", (1200, 8000), "white")
-    pen, y = ImageDraw.Draw(page), edge
-    for heading, text, pictures, height in sections:
-        pen.text((edge, y), heading, (20, 60, 140), bold)
-        y += line + 4
-        for row in [row for p in text.splitlines() for row in textwrap.wrap(p, 100)]:
-            pen.text((edge, y), row, "black", font)
-            y += line
-        x = edge
-        for image, label in pictures:
-            size = (max(1, round(image.width * height / image.height)), height)
-            room = max(size[0], int(font.getlength(label))) + 12
-            if edge < x and x + room > page.width - edge:
-                x, y = edge, y + height + line + 8
-            page.paste(image.convert("RGB").resize(size), (x, y))
-            pen.text((x, y + height + 2), label, "gray", font)
-            x += room
-        y += (height + line + 8 if pictures else 0) + 12
-    text = "\n\n".join(f"{heading}\n{body}" for heading, body, *_ in sections)
+    page, y = Image.new("RGB", (1200, 8000), "white"), 24
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(19)
+    for heading, text, pictures in sections:
+        body = "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
+        pen.text((24, y), heading, (20, 60, 140), ImageFont.load_default(23))
+        pen.text((24, y + 30), body, "black", font, spacing=7)
+        y = pen.textbbox((24, y + 30), body, font, spacing=7)[3] + 12
+        columns, height = (6, 100) if len(pictures) > 6 else (3, 220)
+        for k, (image, label) in enumerate(pictures):
+            x, top = 24 + k % columns * 1152 // columns, y + k // columns * (height + 34)
+            page.paste(ImageOps.contain(image, (1140 // columns, height)), (x, top))
+            pen.text((x, top + height + 2), label, "gray", font)
+        y += -(-len(pictures) // columns) * (height + 34) + 6
+    text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
     return text + "\n", page.crop((0, 0, page.width, y))
 
 
-def show_repair(config, questions: list[Question], groups: list, step: int) -> bool:
+def show_repair(config, questions: list[Question], groups: list, step: int) -> None:
     """Write the step's first repair that came out right, as text and as a picture."""
     fixed = [(q, r) for q, group in zip(questions, groups) for r in group
              if r.failed and r.score.correct]
@@ -347,7 +339,6 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> b
         text, picture = draw_repair(question, rollout, config.kappa, config.lam)
         file.with_suffix(".txt").write_text(text, encoding="utf-8")
         picture.save(file)
-    return bool(fixed)
 
 
 # --- test time: x alone ---
