@@ -4,8 +4,7 @@
     π_θ          `Student`: the model with its processor, prompt and sampling
     τ, z         a first-pass `Rollout`, and whether its answer is right: `score.correct`
     T, c         `teacher`, a function of failed cases, and the `EvidencePatch` it returns
-    τ*           the re-answer under the patched prompt (x, c)
-    τ̂            the chosen rollout, τ where z = 1, else τ*: what `find_fix_reason` returns
+    τ*, τ̂        the re-answer under the patched prompt (x, c); the chosen one, τ if z = 1 else τ*
     R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
@@ -32,29 +31,26 @@ from grpo import Completion, Sampling, generate
 from reward import Score, alignment, asks_for, leak, robust_improvement_reward, score
 from teacher import Case, EvidencePatch, TeacherError
 
-PROMPT = """\
-{question}
+PROMPT = """{question}
 {options}
 Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 SUFFIXES = {
     "multiple choice": "The answer is the letter of one option.",
-    "numerical": "The answer is one number.",
+    "numerical": "The answer is one number.", "regression": "The answer is one number.",
     "OCR": "The answer is the text as it is written in the video.",
     "free-form": "The answer is a short phrase.",
-    "regression": "The answer is one number.",
     "exact": "The answer is exactly the words that are asked for.",
 }
 
 
 @dataclass
 class Student:
-    """π_θ and how it sees and answers. `config` (train.Config, or anything with these names) has
-    prompt, num_frames, frame_pixels, picture_pixels, max_prompt_length and patch_pictures."""
+    """π_θ and how it sees and answers."""
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    config: object
+    config: object  # train.Config, or anything with the names that are read here
     synced: bool = False  # sharded parameters: every rank must make the same calls
 
 
@@ -95,8 +91,7 @@ class Rollout:
 
 
 def open_question(student: Student, sample: Sample) -> Question:
-    """Decode the student's view of a sample and encode its prompt. Raises ValueError where the
-    video does not decode (`data.DataError`) or the prompt is too long."""
+    """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
     video = Video(sample.path)
     indices = video.uniform(student.config.num_frames)
     frames = [fit(frame, student.config.frame_pixels) for frame in video.frames(indices)]
@@ -147,15 +142,16 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
     if not pictures:
         return parts
     drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames}
-    shown = [(f"\nFrame{at(frame, frame)}:", image) for frame, image in drawn.items()]
+    shown = [("Frame", frame, image) for frame, image in drawn.items()]
     for region in patch.regions:
-        image, label = video.frame(region.frame), f"\nCrop{at(region.frame, region.frame)}:"
-        shown.append((label, image.crop(region.corners(image))))
+        image = video.frame(region.frame)
+        shown.append(("Crop", region.frame, image.crop(region.corners(image))))
         if region.frame in drawn:
             pen, width = ImageDraw.Draw(drawn[region.frame]), max(2, min(image.size) // 100)
             pen.rectangle(region.corners(image), outline=(255, 0, 0), width=width)
-    for label, image in shown:
-        parts += [{"type": "text", "text": label}, {"type": "image", "image": image}]
+    for kind, frame, image in shown:
+        text = f"\n{kind}{at(frame, frame)}:"
+        parts += [{"type": "text", "text": text}, {"type": "image", "image": image}]
     return parts
 
 
@@ -169,9 +165,9 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     # Processors take index / fps for the time: only this is right at variable frame rates too.
     indices = [video.seconds(i) * fps for i in question.indices]
     metadata = VideoMetadata(len(video), fps, duration=len(video) / fps, frames_indices=indices)
-    inputs = student.processor(text=[text], videos=[question.frames], images=pictures or None,
-                               video_metadata=[metadata], do_sample_frames=False,
-                               return_tensors="pt")
+    inputs = student.processor(
+        text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
+        do_sample_frames=False, return_tensors="pt")
     length, most = inputs["input_ids"].shape[1], config.max_prompt_length
     if length > most:
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
@@ -188,8 +184,7 @@ def find_fix_reason(student: Student, questions: list[Question], num_rollouts: i
                     kappa: float, lam: float, seed: tuple) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
     `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
-    `seed` names the round: a rollout's randomness comes from it, the sample and its place in the
-    group, so no rollout depends on what becomes of another."""
+    A rollout's randomness is of `seed`, its sample and its place alone, whatever others become."""
     model, sampling, synced = student.model, student.sampling, student.synced
     # τ_i ~ π_old(· | x), i = 1 … G
     asked = [question for question in questions for _ in range(num_rollouts)]
@@ -250,8 +245,7 @@ def gate(patch: EvidencePatch, case: Case) -> str | None:
     """The rules that a patch does not answer: no region where a place is asked, no time where a
     time is asked, and no words that give y away; returns why they do (`reward.leak`)."""
     asked = asks_for(case.question)
-    if "place" in asked:
-        patch.regions = []
+    patch.regions = [] if "place" in asked else patch.regions
     if "time" in asked:
         patch.spans, patch.show_times = [], False
     words = "; ".join([patch.guidance, *(region.what for region in patch.regions)])
@@ -283,8 +277,8 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
                for names, among in means.items() for name in names.split()}
     metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
     for name in updates[0]:
-        largest = name in ("logp_gap", "grad_norm", "seconds_round", "seconds_update")
-        metrics[name] = (max if largest else sum)(update[name] for update in updates)
+        join = max if name in "logp_gap grad_norm seconds_round seconds_update".split() else sum
+        metrics[name] = join(update[name] for update in updates)
     causes = [row["cause"] for row in rows if row["cause"]]
     asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
     metrics |= {"unaided": 1 - metrics["failure"] if rows else 0.0, "teacher_failures": len(causes),
@@ -309,8 +303,7 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
         ("Fix: the evidence patch", evidence["text"].strip(), given),
         (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), []),
-        ("Reward", f"{reward} = {rollout.reward:.2f}", []),
-    ]
+        ("Reward", f"{reward} = {rollout.reward:.2f}", [])]
     page, y = Image.new("RGB", (1200, 8000), "white"), 24
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(19)
     for heading, text, pictures in sections:
@@ -318,12 +311,12 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
         pen.text((24, y), heading, (20, 60, 140), ImageFont.load_default(23))
         pen.text((24, y + 30), body, "black", font, spacing=7)
         y = pen.textbbox((24, y + 30), body, font, spacing=7)[3] + 12
-        columns, height = (6, 100) if len(pictures) > 6 else (3, 220)
-        for k, (image, label) in enumerate(pictures):
-            x, top = 24 + k % columns * 1152 // columns, y + k // columns * (height + 34)
-            page.paste(ImageOps.contain(image, (1140 // columns, height)), (x, top))
-            pen.text((x, top + height + 2), label, "gray", font)
-        y += -(-len(pictures) // columns) * (height + 34) + 6
+        width, height = (192, 100) if len(pictures) > 6 else (384, 220)
+        for start in range(0, len(pictures), 1152 // width):
+            for x, (image, label) in zip(range(24, 1176, width), pictures[start:]):
+                pen.text((x, y), label, "gray", font)
+                page.paste(ImageOps.contain(image, (width - 12, height)), (x, y + 26))
+            y += height + 34
     text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
     return text + "\n", page.crop((0, 0, page.width, y))
 
@@ -368,9 +361,8 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
 def accuracy(rows: list[dict]) -> dict[str, dict]:
     """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
     groups, table = {"all": rows}, {}
-    for row in rows:
-        for kind in ("type", "source"):
-            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+    for name, row in ((f"{kind} {row[kind]}", row) for row in rows for kind in ("type", "source")):
+        groups.setdefault(name, []).append(row)
     for name, group in groups.items():
         n, z = max(len(group), 1), 1.96
         share = sum(row["unaided"] for row in group) / n
