@@ -40,8 +40,7 @@ SUFFIXES = {
     "numerical": "The answer is one number.", "regression": "The answer is one number.",
     "OCR": "The answer is the text as it is written in the video.",
     "free-form": "The answer is a short phrase.",
-    "exact": "The answer is exactly the words that are asked for.",
-}
+    "exact": "The answer is exactly the words that are asked for."}
 
 
 @dataclass
@@ -111,13 +110,12 @@ def open_questions(student: Student, samples: list[Sample], spare: Question) -> 
 
 
 # --- prompts, with and without a patch ---
-def build_messages(student: Student, sample: Sample, parts: list = ()) -> list[dict]:
-    """The chat: video, question, patch. The user turn without a patch is a prefix of this one."""
+def build_messages(student: Student, sample: Sample, more: list = ()) -> list[dict]:
+    """The chat: video, question, `more` parts: a patch. Without it the user turn is a prefix."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
-    parts = [{"type": "video"}, {"type": "text", "text": text}, *parts]
-    return [{"role": "user", "content": parts}]
+    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}, *more]}]
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
