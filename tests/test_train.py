@@ -238,7 +238,7 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
     arguments = ["train.py", "--eval_only", "True", "--model", model_folder, "--prompt", "{question}",
                  "--frame_pixels", "1024", "--max_completion_length", "16", "--out", str(tmp_path),
                  "--data", str(Path(samples[0].path).parent / "records.jsonl")]
-    monkeypatch.setattr(ffr, "EVALUATED", 2)
+    monkeypatch.setattr(ffr.evaluate, "__defaults__", (2,))  # at once
     find, asked = ffr.find_fix_reason, []
 
     def dies_at_the_second_batch(student, questions, *more):
