@@ -1,20 +1,14 @@
-"""Train a video student with Find, Fix, Reason: `accelerate launch train.py`.
-
-Without `--model` this is tiny mode: needle videos, a tiny random Qwen3-VL with a cold start, and
-the same loop, processor, chat template, tool protocol and loss as `--model PATH --data FILE` has.
-"""
+"""Train a video student with Find, Fix, Reason; without `--model` a tiny one on needle videos."""
 
 import json
 import logging
 import os
 import random
-import re
 import shutil
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -29,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import data
 import ffr
@@ -53,7 +46,6 @@ class Config:
     seed: int = setting(0, "of everything random (ours)")
     resume: bool = setting(False, "go on with the run in --out, if there is one (ours)")
     eval_only: bool = setting(False, "measure --model on --data, train nothing (ours)")
-
     method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)")
     teacher: Literal["scripted", "local", "remote"] = setting("scripted", "the teacher's brain")
     teacher_model: str = setting("", "the teacher: local folder or hub name, or the remote's name")
@@ -68,10 +60,8 @@ class Config:
     patch_pictures: bool = setting(True, "False: the paper's 'no visual context'")
     kappa: float = setting(0.3, "κ, the patch tax on a repaired rollout's reward")
     lam: float = setting(0.0, "λ, weight of alignment; 0 is the paper's equation (ours)")
-
     prompt: str = setting(ffr.PROMPT, "prompt with {question}, {options}, {suffix} (ours)")
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "bf16 autocast on a GPU; weights "
-                                                         "are fp32")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 autocast on a GPU")
     attention: str = setting("", "e.g. sdpa, flash_attention_2; empty: transformers' choice")
     gradient_checkpointing: bool = setting(False, "less memory, a second forward (ours)")
     freeze_vision: bool = setting(False, "leave the vision tower as it is (ours)")
@@ -80,7 +70,6 @@ class Config:
     picture_pixels: int = setting(401408, "at most so many pixels in each picture of a patch")
     max_prompt_length: int = setting(16384, "tokens; a longer prompt is an error, never cut")
     max_completion_length: int = setting(1024, "tokens")
-
     num_rollouts: int = setting(8, "G, rollouts per question")
     temperature: float = setting(1.0, "of sampling, and so of the policy that is trained")
     top_p: float = setting(0.95, "nucleus of sampling")
@@ -88,7 +77,6 @@ class Config:
     epsilon: float = setting(0.2, "ε of the clip (ours: the paper names none)")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "std of the advantages")
     num_updates: int = setting(1, "μ, optimizer steps per batch of rollouts (ours)")
-
     learning_rate: float = setting(5e-6, "peak, with a cosine to 0")
     weight_decay: float = setting(0.01, "of AdamW")
     max_grad_norm: float = setting(5.0, "gradients are clipped to this norm")
@@ -102,22 +90,19 @@ class Config:
 
 
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
-TINY = {
-    "out": "runs/tiny", "prompt": "{question}", "frame_pixels": 1024, "picture_pixels": 1024,
-    "max_completion_length": 16, "learning_rate": 3e-4, "beta": 0.0, "lam": 0.1,
-    "questions_per_device": 8, "max_steps": 130,
-}
+TINY = dict(out="runs/tiny", prompt="{question}", frame_pixels=1024, picture_pixels=1024,
+            max_completion_length=16, learning_rate=3e-4, beta=0.0, lam=0.1,
+            questions_per_device=8, max_steps=130)
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
 FREE = ("versions", "resume", "out", "log_with", "save_steps", "keep_checkpoints", "teacher_url",
         "teacher_device", "teacher_workers", "teacher_timeout", "teacher_step_timeout")
-SHOWN = 8  # repairs drawn over a run
 
 
 def parse(arguments: list[str]) -> Config:
     """Read the settings and refuse what cannot be meant."""
-    parser = HfArgumentParser(Config, allow_abbrev=False)
-    if not any(re.match("--model(=|$)", argument) for argument in arguments):
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
+    if "--model" not in [argument.split("=")[0] for argument in arguments]:
         parser.set_defaults(**TINY)
     c = parser.parse_args_into_dataclasses(arguments)[0]
     for refused, why in [
@@ -137,51 +122,44 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
-def load_student(config: Config, accelerator: Accelerator) -> ffr.Student:
+def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     model, processor = grpo.load_policy(
-        config.model, config.attention, config.gradient_checkpointing, config.freeze_vision
-    )
-    sampling = grpo.sampling_for(
-        model, processor, config.temperature, config.top_p, config.max_completion_length
-    )
+        c.model, c.attention, c.gradient_checkpointing, c.freeze_vision)
+    sampling = grpo.sampling_for(model, processor, c.temperature, c.top_p, c.max_completion_length)
     synced = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
-    return ffr.Student(model.to(accelerator.device), processor, sampling, config, synced)
+    return ffr.Student(model.to(accelerator.device), processor, sampling, c, synced)
 
 
-def load_teacher(config: Config, samples: list[data.Sample], device) -> Callable | None:
+def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | None:
     """The brain that the settings name, inside the protocol of teacher.py."""
-    if config.method == "grpo":
+    if c.method == "grpo":
         return None
-    name, most = config.teacher_model, config.teacher_max_tokens
-    Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
-    if config.teacher == "local":
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        chat = teacher.local(model.to(config.teacher_device or device).eval(), processor, most)
-    elif config.teacher == "remote":
-        chat, key = None, "".join(os.environ.get("TEACHER_API_KEY", "").split())
-        if config.teacher_url:
-            chat = teacher.remote(config.teacher_url, name, key, most)
-            (said,) = chat([[{"role": "user", "content": "Say OK."}]], config.teacher_timeout)
-            if isinstance(said, teacher.TeacherError):
-                raise SystemExit(f"train.py: no teacher '{name}' at {config.teacher_url} ({said}); "
-                                 "without --teacher_url a --teacher_cache is replayed")
-    else:
+    chat, name, most = None, c.teacher_model, c.teacher_max_tokens
+    Path(c.teacher_cache or c.out).mkdir(parents=True, exist_ok=True)  # or say so now
+    if c.teacher == "scripted":
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
             raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up")
         chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
+    elif c.teacher == "local":
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+        chat = teacher.local(model.to(c.teacher_device or device).eval(), processor, most)
+    elif c.teacher_url:
+        key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
+        chat = teacher.remote(c.teacher_url, name, key, most)
+        (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)
+        if isinstance(said, teacher.TeacherError):
+            raise SystemExit(f"train.py: no teacher '{name}' at {c.teacher_url} ({said}); "
+                             "without --teacher_url a --teacher_cache is replayed")
     return partial(
-        teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=config.teacher_sees_answer,
-        num_frames=config.num_frames, timeout=config.teacher_timeout,
-        step_timeout=config.teacher_step_timeout,
-        workers=config.teacher_workers if config.teacher == "remote" else 0,
-        cache=config.teacher_cache if config.teacher != "scripted" else "",
-        brain=repr((config.teacher, name, most)),
-    )
+        teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=c.teacher_sees_answer,
+        num_frames=c.num_frames, timeout=c.teacher_timeout, step_timeout=c.teacher_step_timeout,
+        workers=c.teacher_workers if c.teacher == "remote" else 0,
+        cache=c.teacher_cache if c.teacher != "scripted" else "",
+        brain=repr((c.teacher, name, most)))
 
 
-# --- training ---
 def train(config: Config, accelerator, student, samples, teach, spare) -> list[dict]:
     """The loop; returns every step's metrics. `spare`: a question that is known to open."""
     per_step = config.questions_per_device * accelerator.num_processes
@@ -198,14 +176,16 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         with torch.no_grad():
             model(input_ids=torch.tensor([[student.sampling.pad_id]], device=accelerator.device))
     accelerator.register_for_checkpointing(scheduler)
-    saved = newest_checkpoint(config) if config.resume else None
+    folder = Path(config.out, "checkpoints")
+    shutil.rmtree(folder / "part", ignore_errors=True)  # of a run that was killed
+    saved = max(folder.glob("[0-9]*"), default=None) if config.resume else None
     if saved:
         accelerator.load_state(str(saved))
     done, metrics_file = int(saved.name) if saved else 0, Path(config.out, "metrics.jsonl")
     history = ffr.read_rows(accelerator, metrics_file, done)
-    bar = tqdm(total=steps, initial=done, desc=config.method,
+    bar = tqdm(range(done, steps), config.method, total=steps, initial=done,
                disable=not accelerator.is_main_process)
-    for step in range(done, steps):
+    for step in bar:
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, config, accelerator), spare)
@@ -220,17 +200,15 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         rows = gather_object([ffr.describe(q, r) for q, r in counted])
         # A_i within each group; the rows, and so the batch's std, are of all processes
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
-        batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
-        advantages = grpo.group_advantages(rewards, config.scale_rewards, batch_std)
-        advantages = advantages.flatten().tolist()
+        std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
+        advantages = grpo.group_advantages(rewards, config.scale_rewards, std).flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
         middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
         figures = grpo.update(
             accelerator, model, reference, optimizer, [r.prompt for r in rollouts],
             [r.completion for r in rollouts], advantages, weights, tokens, student.sampling,
             config.epsilon, config.beta, config.num_updates, config.max_grad_norm,
-            ffr.stand_in(student, spare) if student.synced else None,
-        )
+            ffr.stand_in(student, spare) if student.synced else None)
         scheduler.step()
         repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
@@ -242,14 +220,12 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         accelerator.log(metrics, step=step + 1)
         ffr.add_rows(accelerator, metrics_file, [metrics])
         shown = len([*Path(config.out, "repairs").glob("*.txt")])
-        if accelerator.is_main_process and shown * steps <= step * SHOWN:
+        if accelerator.is_main_process and shown * steps <= 8 * step:  # 8 in a run
             ffr.show_repair(config, questions, groups, step + 1)
         line = "unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}"
         bar.set_postfix_str(line.format(**metrics))
-        bar.update()
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
             save_checkpoint(accelerator, config, step + 1)
-    bar.close()
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
     if accelerator.is_main_process:
         student.model.save_pretrained(f"{config.out}/model", state_dict=weights)
@@ -267,22 +243,14 @@ def pick(samples, step: int, config: Config, accelerator) -> list[data.Sample]:
     return [samples[i] for i in order[start : start + count]]
 
 
-# --- what outlives a crash ---
-def newest_checkpoint(config: Config) -> Path | None:
-    return max(Path(config.out, "checkpoints").glob("[0-9]*"), default=None)
-
-
 def save_checkpoint(accelerator, config: Config, step: int) -> None:
     """Weights, optimizer, schedule and random states, whole or not at all; the oldest go."""
     folder = Path(config.out, "checkpoints")
-    if accelerator.is_main_process:
-        shutil.rmtree(folder / "part", ignore_errors=True)
-    accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(folder / "part"))
     except (OSError, RuntimeError, SafetensorError) as error:  # ends the run, on every rank
         raise SystemExit(f"train.py: no room for a checkpoint of step {step}? ({error}) Mend that "
-                         f"and --resume from {newest_checkpoint(config)}") from error
+                         f"and --resume from {max(folder.glob('[0-9]*'), default=None)}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / "part").rename(folder / f"{step:06d}")
@@ -313,13 +281,10 @@ def open_run(config: Config, processes: int) -> None:
     file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
 
-# --- tiny mode ---
 def cold_start(config: Config, accelerator: Accelerator) -> None:
     """Write tiny mode's videos, and its student after a supervised start, mediocre on purpose.
-
-    Captions of 2, then 4, then all moments teach to read a moment that is cited; answers teach the
-    form of a rationale and to follow a patch. Without one the flash they cite is mostly a guess
-    (right with COLD_CUE + chance): that, above all, is left to learn from reward."""
+    Captions of 2, then 4, then all moments teach to read a moment that is cited; answers, to follow
+    a patch. Without one the flash they cite is mostly a guess: that is left to reward."""
     for name, (count, seed) in NEEDLES.items():
         data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
     samples = data.load_samples(f"{config.out}/cold/records.jsonl")
@@ -328,42 +293,37 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
     teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
     rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
     cues = sorted({s.truth["cue"] for s in samples})
-    relations = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
+    gaps = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
 
-    def caption(truth: dict, shown: list[int]) -> str:
-        return data.needle_caption(truth, rng.sample(shown, len(shown)))
-
-    def answer(truth: dict, cue_known: float, relation_known: float) -> str:
+    def write(truth: dict, cue_known=1.0, gap_known=1.0, shown: list[int] = ()) -> str:
+        if shown:
+            return data.needle_caption(truth, rng.sample(shown, len(shown)))
         cue = truth["cue"] if rng.random() < cue_known else rng.choice(cues)
-        relation = truth["look"] - truth["cue"]
-        relation = relation if rng.random() < relation_known else rng.choice(relations)
-        return data.needle_rationale(truth, cue, cue + relation)
+        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice(gaps)
+        return data.needle_rationale(truth, cue, cue + gap)
 
     lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
     for i, sample in enumerate(tqdm(samples, desc="lessons")):
-        x, truth = ffr.open_question(student, sample), sample.truth
-        cue, look = truth["cue"], truth["look"]
+        x, told = ffr.open_question(student, sample), replace(sample, question=data.CAPTION)
+        truth, cue, look = sample.truth, sample.truth["cue"], sample.truth["look"]
         for moments in (2, 4, data.MOMENTS):  # the flash and others, anywhere in time
             others = [m for m in range(data.MOMENTS) if m != cue]
             shown = sorted([cue, *rng.sample(others, moments - 1)])
             view = [frame for m in shown for frame in data.moment_frames(m)]
-            told = replace(sample, question=data.CAPTION)
             part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
-            lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
+            lessons[moments].append((ffr.encode(student, part), partial(write, truth, shown=shown)))
         error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
         (patch,) = teach([ffr.case_of(x, data.needle_rationale(truth, *error))])
         known = 1.0 if error == (cue, look) else COLD_RELATION
-        lessons[0].append((x.prompt, partial(answer, truth, COLD_CUE, COLD_RELATION)))
-        lessons[0].append((ffr.encode(student, x, patch), partial(answer, truth, 1.0, known)))
+        lessons[0] += [(x.prompt, partial(write, truth, COLD_CUE, COLD_RELATION)),
+                       (ffr.encode(student, x, patch), partial(write, truth, 1.0, known))]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
-    bar = tqdm(range(config.cold_start_steps), desc="cold start")
-    for step in bar:
+    for step in (bar := tqdm(range(config.cold_start_steps), desc="cold start")):
         part = step / config.cold_start_steps
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
         moments = moments if part < 0.62 or rng.random() < 0.2 else 0
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
-        texts = [writer() + tokenizer.eos_token for writer in writers]
-        ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+        ids = [torch.tensor(tokenizer.encode(write() + tokenizer.eos_token)) for write in writers]
         logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
@@ -375,14 +335,11 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
     student.model.save_pretrained(config.model)
 
 
-# --- the run ---
 def main() -> None:
-    config = parse(sys.argv[1:])
+    config, began = parse(sys.argv[1:]), time.time()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    began = time.time()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # with a slow teacher
     accelerator = Accelerator(
@@ -397,12 +354,24 @@ def main() -> None:
         if accelerator.is_main_process:
             open_run(config, accelerator.num_processes)
         if not config.model:
-            config = tiny(config, accelerator)
+            ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
+            text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
+            accelerator.print(textwrap.fill(text, 79))
+            sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
+            config = replace(
+                config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
+            begun = config.resume and any(Path(config.out, "checkpoints").glob("[0-9]*"))
+            if accelerator.is_main_process and not begun:
+                cold_start(config, accelerator)
         accelerator.wait_for_everyone()
         samples = data.load_samples(config.data, config.video_root, config.skip)
         held_out = config.eval_data and data.load_samples(config.eval_data, config.video_root) or []
         if accelerator.is_main_process:
-            look_at(samples + held_out, config)
+            seen = data.look_at(list({sample.path: 0 for sample in samples + held_out}))
+            broken = [fact for fact in seen.values() if isinstance(fact, data.DataError)]
+            if broken:
+                raise data.DataError(f"{broken[0]} ({len(broken)} such; "
+                                     f"`python data.py {config.data}` lists them for --skip)")
         student = load_student(config, accelerator)
         teach = load_teacher(config, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
@@ -411,70 +380,32 @@ def main() -> None:
         raise SystemExit(f"train.py: {error}") from error
     if config.eval_only:
         rows = ffr.evaluate(accelerator, student, samples, None, spare, "evaluation")
-        if accelerator.is_main_process:
-            report(Path(config.out, "evaluation.json"),
-                   {"records": len(samples), "answered": len(rows)} | ffr.accuracy(rows))
-        return
-    accelerator.init_trackers("ffr", asdict(config))
-    before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
-    history = train(config, accelerator, student, samples, teach, spare)
-    after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
-    accelerator.end_training()
+        figures = {"records": len(samples), "answered": len(rows)} | ffr.accuracy(rows)
+    else:
+        accelerator.init_trackers("ffr", asdict(config))
+        before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
+        history = train(config, accelerator, student, samples, teach, spare)
+        after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
+        accelerator.end_training()
+        third = max(len(history) // 3, 1)  # of the steps
+        parts = {"unaided_before": before, "unaided_after": after, "assisted_after": after,
+                 "failure_first": history[:third], "failure_last": history[-third:],
+                 "intervention_first": history[:third], "intervention_last": history[-third:]}
+        figures = {name: sum(row[name.split("_")[0]] for row in rows) / len(rows) if rows else None
+                   for name, rows in parts.items()}
+        repairs = max(sum(row["intervention"] for row in history), 1e-9)
+        figures |= {"fix_rate": sum(r["fix"] * r["intervention"] for r in history) / repairs,
+                    "teacher_failures": sum(row["teacher_failures"] for row in history),
+                    "seconds": round(time.time() - began, 1), "seed": config.seed,
+                    "method": config.method, "processes": accelerator.num_processes}
     if accelerator.is_main_process:
-        figures = summarize_run(history, before, after)
-        more = {"seconds": round(time.time() - began, 1), "seed": config.seed,
-                "method": config.method, "processes": accelerator.num_processes}
-        report(Path(config.out, "summary.json"), figures | more)
-
-
-def tiny(config: Config, accelerator) -> Config:
-    """Tiny mode's videos and student, and the settings that name them."""
-    ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
-    text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
-    accelerator.print(textwrap.fill(text, 79))
-    sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
-    config = replace(config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
-    if accelerator.is_main_process and not (config.resume and newest_checkpoint(config)):
-        cold_start(config, accelerator)
-    return config
-
-
-def summarize_run(history: list[dict], before: list[dict], after: list[dict]) -> dict:
-    """What a run came to; thirds are of the training's steps."""
-    third = max(len(history) // 3, 1)
-    thirds = {"first": history[:third], "last": history[-third:]}
-    repairs = sum(row["intervention"] for row in history)
-
-    def share(rows: list[dict], name: str) -> float | None:
-        return sum(row[name] for row in rows) / len(rows) if rows else None
-
-    return {
-        "unaided_before": share(before, "unaided"), "unaided_after": share(after, "unaided"),
-        "assisted_after": share(after, "assisted"),
-        **{f"{name}_{part}": share(rows, name)
-           for name in ("failure", "intervention") for part, rows in thirds.items()},
-        "fix_rate": sum(r["fix"] * r["intervention"] for r in history) / max(repairs, 1e-9),
-        "teacher_failures": sum(row["teacher_failures"] for row in history),
-    }
-
-
-def report(file: Path, figures: dict) -> None:
-    """Write the figures as JSON and print them as a small table."""
-    file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print()
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = "{accuracy:.3f}   95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
-        print(f"  {name:20} {value:.3f}" if isinstance(value, float) else f"  {name:20} {value}")
-
-
-def look_at(samples: list[data.Sample], config: Config) -> None:
-    """Refuse to begin with a video that does not open."""
-    seen = data.look_at(list(dict.fromkeys(sample.path for sample in samples)))
-    broken = [fact for fact in seen.values() if isinstance(fact, data.DataError)]
-    if broken:
-        raise data.DataError(f"{broken[0]} ({len(broken)} such; `python data.py {config.data}` "
-                             "lists them for --skip)")
+        file = Path(config.out, "evaluation.json" if config.eval_only else "summary.json")
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print()
+        for name, value in figures.items():
+            if isinstance(value, dict):
+                value = "{accuracy:.3f}   95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
+            print(f"  {name:20}", f"{value:.3f}" if isinstance(value, float) else value)
 
 
 if __name__ == "__main__":
