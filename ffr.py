@@ -110,12 +110,14 @@ def open_questions(student: Student, samples: list[Sample], spare: Question) -> 
 
 
 # --- prompts, with and without a patch ---
-def build_messages(student: Student, sample: Sample, more: list = ()) -> list[dict]:
-    """The chat: video, question, `more` parts: a patch. Without it the user turn is a prefix."""
+def render_question(student: Student, sample: Sample, more: list = ()) -> str:
+    """The prompt's text: video, question, `more` parts: a patch. Without it the user turn is a
+    prefix of the one with it."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
-    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}, *more]}]
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}, *more]}]
+    return student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
@@ -159,7 +161,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     config, video, fps = student.config, question.video, question.video.fps
     parts = render_patch(patch, video, question.spacing, config.patch_pictures) if patch else []
     pictures = [fit(p["image"], config.picture_pixels) for p in parts if p["type"] == "image"]
-    text = render_chat(student.processor, build_messages(student, question.sample, parts))
+    text = render_question(student, question.sample, parts)
     # Processors take index / fps for the time: only this is right at variable frame rates too.
     indices = [video.seconds(i) * fps for i in question.indices]
     metadata = VideoMetadata(len(video), fps, duration=len(video) / fps, frames_indices=indices)
@@ -171,10 +173,6 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
                          f"limit of {most}; raise --max_prompt_length or lower --num_frames")
     return dict(inputs.to(student.model.device))
-
-
-def render_chat(processor, messages: list[dict]) -> str:
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 # --- the round: Find → Fix → Reason ---

@@ -5,8 +5,8 @@
     r_t   π_θ / π_old             J(θ)           `grpo_loss`          μ    `num_updates`
 
 Sources: GRPO (DeepSeekMath), FFR eq. J(θ) and Table 8, Dr. GRPO (`scale="none"`). A prompt is the
-dict of tensors that a processor returns for one conversation: some are (1, L) like `input_ids`, the
-others (pixels, grids) have rows of their own. Imports no sibling.
+dict of tensors that a processor returns for one conversation: some (1, L) like `input_ids`, others
+(pixels, grids) with rows of their own. Imports no sibling.
 """
 
 import re
@@ -20,12 +20,9 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def load_policy(
-    name: str, attention: str = "", checkpointing: bool = False, freeze_vision: bool = False
-) -> tuple:
+def load_policy(name: str, attention="", checkpointing=False, freeze_vision=False) -> tuple:
     """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
-    round updates of 5e-6 away; autocast is what computes in bf16. Raises ValueError where it cannot
-    be trained."""
+    round updates of 5e-6 away. Raises ValueError where it cannot be trained."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -38,8 +35,7 @@ def load_policy(
         raise ValueError(f"{name}: its chat template opens <think> itself, so the format reward "
                          "would be 0 for ever; take that out of the template")
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention or None
-    )
+        name, dtype=torch.float32, attn_implementation=attention or None)
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         restore_positions(model.model)
     vision = model.get_encoder("video")
@@ -150,12 +146,9 @@ class _OwnNoise(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(
-    model, prompts: list[dict], seeds: list[int], sampling: Sampling, num_rollouts: int = 1,
-    synced: bool = False,
-) -> list[Completion]:
+def generate(model, prompts: list[dict], seeds: list[int], sampling: Sampling,
+             num_rollouts: int = 1, synced: bool = False) -> list[Completion]:
     """Sample `num_rollouts` completions per prompt (neighbours in the result), in one batch.
-
     `model` is unwrapped (DDP has no `generate`); `seeds` has one entry per completion. `synced`
     (sharded parameters): step until every rank is done. The checkpoint's own `generation_config`
     plays no part. A prompt's video is encoded once for all its rollouts."""
@@ -167,12 +160,10 @@ def generate(
     config = GenerationConfig(  # "samples" from what `_OwnNoise` leaves: one token of probability 1
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=num_rollouts,
         max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.eos_ids),
-        pad_token_id=sampling.pad_id,
-    )
+        pad_token_id=sampling.pad_id)
     try:
-        tokens = model.generate(
-            **batch, generation_config=config, logits_processor=[noise], synced_gpus=synced
-        )[:, batch["input_ids"].shape[1] :]  # (B, T)
+        tokens = model.generate(**batch, generation_config=config, logits_processor=[noise],
+                                synced_gpus=synced)[:, batch["input_ids"].shape[1] :]  # (B, T)
     finally:
         model.generation_config = own_config
         model.train(was_training)
@@ -185,9 +176,7 @@ def generate(
     return completions
 
 
-def token_logps(
-    model, prompts: list[dict], ids: list[Tensor], sampling: Sampling
-) -> tuple[Tensor, Tensor, Tensor]:
+def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Sampling) -> tuple:
     """Log-probs of completions under their prompts: `logps, entropy, mask`, each (B, T) fp32. The
     mask is 1 on completion tokens, 0 on padding. Only the completion's logits are computed."""
     batch = stack_prompts(prompts, sampling.pad_id)
@@ -219,10 +208,8 @@ def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = 
     return centred / (std + 1e-4)
 
 
-def grpo_loss(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, mask: Tensor,
-    total_tokens: float, epsilon: float = 0.2, beta: float = 0.04,
-) -> Tensor:
+def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor,
+              mask: Tensor, total_tokens: float, epsilon=0.2, beta=0.04) -> Tensor:
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
 
     logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
@@ -237,14 +224,11 @@ def grpo_loss(
     return -(objective * mask).sum() / max(total_tokens, 1)
 
 
-def update(
-    accelerator, model, reference, optimizer, prompts: list[dict], completions: list[Completion],
-    advantages: list[float], weights: list[float], total_tokens: float, sampling: Sampling,
-    epsilon: float = 0.2, beta: float = 0.04, num_updates: int = 1, max_grad_norm: float = 5.0,
-    stand_in: dict | None = None,
-) -> dict[str, float]:
+def update(accelerator, model, reference, optimizer, prompts: list[dict],
+           completions: list[Completion], advantages: list[float], weights: list[float],
+           total_tokens: float, sampling: Sampling, epsilon=0.2, beta=0.04, num_updates=1,
+           max_grad_norm=5.0, stand_in: dict | None = None) -> dict[str, float]:
     """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
-
     `model` and `optimizer` are the accelerator's. `weights`: 1, or 0 for a row that only keeps the
     processes in step; `total_tokens` counts those of weight 1 on all. `stand_in` (sharded
     parameters): a prompt of every modality, added with weight 0, so that ranks make equal calls.
@@ -275,13 +259,12 @@ def update(
     gaps = [(c.logps - row[: len(c.ids)]).abs().max() for row, c in zip(old_logps, completions)]
     means = {"entropy": entropy, "kl": d.exp() - d - 1, "clipped": clipped}
     figures = {k: ((value * mask).sum() / total_tokens).item() for k, value in means.items()}
-    gap = torch.stack(gaps).max().item()
-    return figures | {"loss": loss.item(), "grad_norm": float(norm), "logp_gap": gap}
+    return figures | {"loss": loss.item(), "grad_norm": float(norm), "logp_gap": float(max(gaps))}
 
 
 # --- a policy to try it on ---
-SPECIALS = ["<|im_end|>", "<|pad|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-            "<|vision_end|>", "<|im_start|>"]
+SPECIALS = [f"<|{name}|>" for name in (
+    "im_end pad image_pad video_pad vision_start vision_end im_start").split()]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% else %}"
@@ -291,22 +274,19 @@ CHAT_TEMPLATE = (
 
 
 def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
-    """Save a random Qwen3-VL of 0.5 M parameters with its real processor, and a tokenizer of the
-    words in `texts`."""
+    """Save a random Qwen3-VL of 0.5 M parameters, its real processor, and a tokenizer of words."""
     word = r"<[^<>|]+>|[A-Za-z]+|[^\sA-Za-z]"
     words = sorted({w for text in ["user assistant", *texts] for w in re.findall(word, text)})
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(word), "removed", invert=True)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=SPECIALS,
-    )
+        additional_special_tokens=SPECIALS)
     look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16, "merge_size": 2,
             "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}}
     processor = transformers.Qwen3VLProcessor(
         transformers.Qwen2VLImageProcessor(**look), tokenizer,
-        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE,
-    )
+        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE)
     end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
     text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -316,8 +296,7 @@ def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
                   num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
     config = transformers.Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
-        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop,
-    )
+        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop)
     torch.manual_seed(seed)
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)

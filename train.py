@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import sys
-import textwrap
 import time
 from collections import Counter
 from copy import deepcopy
@@ -85,7 +84,6 @@ class Config:
     questions_per_device: int = setting(1, "questions per process and step")
     save_steps: int = setting(200, "steps between checkpoints (ours)")
     keep_checkpoints: int = setting(2, "the newest ones (ours)")
-    log_with: str = setting("", "an accelerate tracker, e.g. tensorboard (ours)")
     cold_start_steps: int = setting(1000, "tiny mode: supervised steps before training (ours)")
 
 
@@ -95,7 +93,7 @@ TINY = dict(out="runs/tiny", prompt="{question}", frame_pixels=1024, picture_pix
             questions_per_device=8, max_steps=130)
 NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
 COLD_CUE, COLD_RELATION = 0.05, 0.7  # how often the cold start's answers are right beyond chance
-FREE = ("versions", "resume", "out", "log_with", "save_steps", "keep_checkpoints", "teacher_url",
+FREE = ("versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url",
         "teacher_device", "teacher_workers", "teacher_timeout", "teacher_step_timeout")
 
 
@@ -217,13 +215,12 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
-        accelerator.log(metrics, step=step + 1)
         ffr.add_rows(accelerator, metrics_file, [metrics])
         shown = len([*Path(config.out, "repairs").glob("*.txt")])
         if accelerator.is_main_process and shown * steps <= 8 * step:  # 8 in a run
             ffr.show_repair(config, questions, groups, step + 1)
-        line = "unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}"
-        bar.set_postfix_str(line.format(**metrics))
+        bar.set_postfix_str("unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}".format(
+            **metrics))
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
             save_checkpoint(accelerator, config, step + 1)
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
@@ -266,7 +263,8 @@ def open_run(config: Config, processes: int) -> None:
     now = asdict(config) | {
         "processes": processes, "sha256": {path: data.digest(path) for path in files},
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}}
-    then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    begun = file.is_file() and any(out.glob("*.jsonl"))  # one that failed at once is no run
+    then = json.loads(file.read_text(encoding="utf-8")) if begun else {}
     differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
     if then and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
@@ -290,7 +288,7 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
     samples = data.load_samples(f"{config.out}/cold/records.jsonl")
     grpo.tiny_policy(config.model, data.needle_texts(samples), config.seed)
     student = load_student(config, accelerator)
-    teach = load_teacher(replace(config, method="ffr"), samples, accelerator.device)
+    teach = load_teacher(replace(config, method="ffr", teacher="scripted"), samples, accelerator.device)
     rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
     cues = sorted({s.truth["cue"] for s in samples})
     gaps = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
@@ -323,7 +321,8 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
         moments = moments if part < 0.62 or rng.random() < 0.2 else 0
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
-        ids = [torch.tensor(tokenizer.encode(write() + tokenizer.eos_token)) for write in writers]
+        texts = [tokenizer.encode(write() + tokenizer.eos_token) for write in writers]
+        ids = [torch.tensor(text, device=accelerator.device) for text in texts]
         logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
@@ -340,12 +339,12 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)  # with a slow teacher
     accelerator = Accelerator(
         cpu=cpu, mixed_precision={"bf16": "bf16", "fp32": "no"}.get(config.precision) or
-        (None if cpu else "bf16"), log_with=config.log_with or None, project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
+        (None if cpu else "bf16"), kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
     if cpu:  # the launchers leave one thread to each process
@@ -355,8 +354,7 @@ def main() -> None:
             open_run(config, accelerator.num_processes)
         if not config.model:
             ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
-            text = f"Tiny mode; in brackets the paper's value, Table 8: {', '.join(ours[2:])}."
-            accelerator.print(textwrap.fill(text, 79))
+            accelerator.print("Tiny mode; in brackets the paper's value:", ", ".join(ours[2:]))
             sets = [f"{config.out}/{name}/records.jsonl" for name in ("train", "held_out")]
             config = replace(
                 config, model=f"{config.out}/cold_start", data=sets[0], eval_data=sets[1])
@@ -382,11 +380,9 @@ def main() -> None:
         rows = ffr.evaluate(accelerator, student, samples, None, spare, "evaluation")
         figures = {"records": len(samples), "answered": len(rows)} | ffr.accuracy(rows)
     else:
-        accelerator.init_trackers("ffr", asdict(config))
         before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
         history = train(config, accelerator, student, samples, teach, spare)
         after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
-        accelerator.end_training()
         third = max(len(history) // 3, 1)  # of the steps
         parts = {"unaided_before": before, "unaided_after": after, "assisted_after": after,
                  "failure_first": history[:third], "failure_last": history[-third:],

@@ -32,8 +32,8 @@ def test_question_text_is_the_same_with_and_without_a_patch(student, questions, 
     (patch,) = teach([ffr.case_of(question, "hm")])
     parts = ffr.render_patch(patch, question.video, question.spacing)
     assert {part["type"] for part in parts} == {"text", "image"}
-    plain = ffr.render_chat(student.processor, ffr.build_messages(student, question.sample))
-    helped = ffr.render_chat(student.processor, ffr.build_messages(student, question.sample, parts))
+    plain = ffr.render_question(student, question.sample)
+    helped = ffr.render_question(student, question.sample, parts)
     turn = plain[: plain.index("<|im_end|>")]
     assert question.sample.question in turn and helped.startswith(turn) and len(helped) > len(plain)
     ids, patched = question.prompt["input_ids"][0], ffr.encode(student, question, patch)["input_ids"][0]
