@@ -177,58 +177,41 @@ def robust_improvement_reward(
 
 
 # --- the leak gate: do a teacher's words give the answer away? Rules for English, ours ---
-NUMBER, UNIT = r"\d+(?:\.\d+)?", r"(?:seconds?|secs?|s|minutes?|mins?|hours?|frames?)\b"
-TO = r" ?(?:-|–|to|and) ?"
-TIMES = (rf"\d+:\d\d(?:{TO}\d+:\d\d)?|(?:{NUMBER}{TO})?{NUMBER}[ -]?{UNIT}|"
+NUMBER, TO = r"\d+(?:\.\d+)?", r" ?(?:-|–|to|and) ?"
+TIMES = (rf"\d+:\d\d|(?:{NUMBER}{TO})?{NUMBER}[ -]?(?:second|sec|s|minute|min|hour|frame)s?\b|"
          rf"\b(?:second|minute|frame)s? {NUMBER}(?:{TO}{NUMBER})?")
 ASKS = {  # what a question asks for, and so a patch must not say
-    "place": r"(^|[,.:;] |\band )where\b|\b(which|what) (side|part|corner|direction|hand)\b|"
-             r"\b(position|location|to my)\b",
-    "time": r"(^|[,.:;] |\band )when\b(?!.*, (what|who|which|how|where|is|are|do|does|did)\b)|"
-            r"\bhow (long|much time|many (more |full )?(seconds|minutes))\b|"
-            r"\b(what|which) (exact )?(time|second|minute|moment|point|timestamp)\b",
+    "place": r"(^|[,.:;] |\band )where\b|\b((which|what) (side|part|corner|hand)|position|to my)\b",
+    "time": r"(^|[,.:;] |\band )when\b(?!.*, )|\bhow (long|much time|many (seconds|minutes))\b|"
+            r"\b(what|which) (exact )?(time|second|minute|moment|point)\b",
     "quality": r"\b(colou?r|material|pattern|shape)",
     "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
 }
 COUNTS = {name: n for n, names in zip([*range(21), *range(30, 101, 10), 0.5, 0.25], (
-    "zero none nobody|one once single sole|two twice pair couple both double|three triple trio|"
-    "four|five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"
+    "zero none nobody|one once single|two twice pair couple both double|three triple trio|four|"
+    "five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"
     "seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|"
-    "half halve|quarter"
-).split("|")) for name in names.split()}
-FORMS = {form: forms.split()[0] for forms in (
-    "throw threw thrown|take took|hold held|sit sat|stand stood|run ran|give gave|eat ate|go went|"
-    "drink drank drunk|break broke broken|fall fell|write wrote|draw drew drawn|drive drove|"
-    "ride rode|tear tore torn|catch caught|bring brought|build built|make made|wear wore worn|"
-    "hide hid|tie tying|lose lost|freeze froze frozen|shake shook|swing swung|spin spun|hang hung|"
-    "stick stuck|strike struck|slide slid|sing sang sung|light lit|leap leapt|lie lay|back behind"
-).split("|") for form in forms.split()}
-COMMON = set(
-    "a an the it its this that these those there he she his her him you your they them their i my "
-    "we me and or so than then as of in on at to into onto from by with for is are was were be "
-    "been being do does did has have had will would can could may might must because who which "
-    "what".split())
+    "half|quarter").split("|")) for name in names.split()}
+FORMS = dict(pair.split("=") for pair in (
+    "threw=throw thrown=throw took=take held=hold sat=sit stood=stand ran=run went=go gave=give "
+    "drank=drink drunk=drink broke=break broken=break fell=fall tore=tear torn=tear tying=tie "
+    "ate=eat wrote=write drew=draw rode=ride wore=wear behind=back").split())
+COMMON = set("a an the it its this that there he his she her their they you and or then as of in "
+             "on at to into from by with for is are was were be do does did has who what".split())
 WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
-NOT = (r"\b(not|no|never|neither|nor|0|nothing|without|ignore|forget|exclude|instead of|wrong|"
-       r"rather than|rule[sd]? out|hardly|unlikely|any ?more)\b|n't\b")
-NTH = r"(first|second|third|fourth|fifth|last|final|penultimate|middle|top|bottom)"
-SAYS = (r"\b(right|correct|true|actual|best) (option|choice|answer|value|number|count|one is)\b|"
-        r"\b(the|your) answer (is|was|lies|has|should|would|must)\b|other way a?round|"
-        r"\b(opposite|reverse) of\b|\bshould have (picked|said|chosen|answered|been|counted)\b|"
-        rf"\b{NTH}\b[^.]*\b(option|choice|list(ed)?\b)|\b(option|choice|list\b)[^.]*\b{NTH}\b")
+NOT = r"\b(not|no|never|neither|nor|0|nothing|without|ignore|unlikely|rather than|wrong)\b|n't\b"
+SAYS = (r"\b(right|correct|best) (option|choice|answer|value)\b|\banswer (is|was|lies|should)\b|"
+        r"\b(first|second|third|fourth|last|final)\b[^.]*\b(option|choice|listed)|\bopposite of\b")
 LETTERS = (r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
-           r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|[(\"'“]([a-h])[)\"'”]|\b([a-h])\)")
-CORRECTS = (r"\b(more|fewer|less|too|short|shy|off|missed|overlooked|forgot|skipped|left out|extra|"
-            r"add|\d as (many|much|long|high|far|heavy)|exactly|precisely|total|altogether)\b")
+           r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|\b([a-h])[)\"'”]")
+CORRECTS = r"\b(more|fewer|less|too|short|off|missed|extra|exactly|total|\d as (many|much|long))\b"
+YOURS = r"\byour (count|estimate|number)|\byou (counted|missed|left|gave|said|named|took)\b"
 CLAUSE = r"[;:!?–—]|[.,](?!\d)| and | but "
-YOURS = r"\byour (count|estimate|number|figure)|\byou (counted|missed|left|gave|said|named|took)\b"
-AFTER = (r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|time|"
-         r"moment)\b")
-ASSERTS = (r"\b(yes|not|no|never|nothing|indeed|clearly|really|is|are|was|were|does|did|has|had)\b|"
-           r"n't\b|\w (do|have|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?\w+ \w+(s|ed)\b|"
-           r"\b(it|he|she|they|there|you) (?!(to|in|on|at|from|a|again|with|and|back|out|up)\b)\w")
-ADVERBS = (r"\bright (?=(after|before|when|as|at|where|behind|there|in|up|through|until|next|to|by)"
-           r"\b)|\b(keep|look|take|have|watch)(ing)? (?=(on|at|in|an?|it|track|watching|your)\b)")
+ASSERTS = (r"\b(yes|(?<!do )not|no|never|nothing|is|are|was|were|does|did|has|had)\b|(?<!do)n't\b|"
+           r"\w (do|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?\w+ \w+(s|ed)\b|"
+           r"\b(it|he|she|they|there|you) (?!(to|in|on|at|from|a|again|with|back|out|up)\b)\w")
+AFTER = r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|moment)\b"
+ADVERBS = r"\bright (?=(after|before|when|as|at|where|behind)\b)|\b(keep|have) (?=(on|an?|in)\b)"
 
 
 def asks_for(question: str) -> set[str]:
@@ -241,123 +224,84 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     any form and order, numbers that are, make up or correct it, a time or a yes or no where that is
     asked, or leave one option only. Synonyms and descriptions pass."""
     asked, low, q = asks_for(question), _canonical(words), _canonical(question)
-    letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", answer.strip())
-    own = [o for o in options if letter and re.match(rf"\W*{letter[1]}\b", o)]
-    texts = [_canonical(re.sub(r"^\W*[A-Za-z][.):]+\s*", "", o)) for o in [*own, *options]]
-    right = texts[0] if own else _canonical(re.sub(r"\bpairs? of ", "", answer))
+    texts = [_canonical(re.sub(r"^\W*[A-Za-z][.):]+", "", option)) for option in options]
+    labels, letter = [option.strip(" (")[:1] for option in options], answer.strip(" ().:")
+    right = texts[labels.index(letter)] if letter in labels else _canonical(answer)
     named = {"".join(found).upper() for found in re.findall(LETTERS, words)}
     named -= {*re.findall(r"(?<=\w )[A-H]\b", question)}  # 'player B'
-    if re.search(SAYS, low) or letter and named and len(named) < max(len(options), 2):
+    if re.search(SAYS, low) or letter in (labels or named) and 0 < len(named) < max(len(labels), 2):
         return "it speaks of the answer"
-    runs = re.findall(r"\b\w(?:(?:\W|then|and)+\w\b){2,}", words.casefold())
-    runs += ["".join(re.findall(r"(?<![\w'’-])[A-Z\d](?![\w'’-])", words)).casefold()]
-    runs = [run for run in (re.sub(r"\W|then|and", "", run) for run in runs) if run[2:]]
-    spelled = re.sub(r"\W", "", right)
+    spelled, lone_letters = re.sub(r"\W", "", right), r"\b\w(?:(?:\W|then|and)+\w\b){2,}"
+    runs = [re.sub(r"\W|then|and", "", run) for run in re.findall(lone_letters, words.casefold())]
     initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))  # 'kilo india'
-    letters = spelled[2:] and any(run in spelled or spelled in run for run in runs)
-    if letters or spelled[3:] and spelled in initials:
+    if any(run in spelled for run in runs if run[2:]) or spelled[3:] and spelled in initials:
         return "it spells the answer"
-    if "time" in asked and re.search(rf"{TIMES}|\ba[ -]{UNIT}", low):
+    if "time" in asked and re.search(TIMES, low):
         return "it gives a time"
-    low = low if "time" in asked else re.sub(TIMES, " ", low)
-    if "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
-        told = r"\b(do not|don't|(notice|note|observe|see)( \w+)? that)\b"
-        clauses = re.split(CLAUSE, re.sub(told, ";", low))
-        clauses = [c for c in clauses if not re.search(r"\b(camera|shot|view|replay|clip)\b", c)]
-        if any(re.search(ASSERTS, re.split(AFTER, clause)[0]) for clause in clauses):
-            return "it says yes or no"
+    low = re.sub(TIMES, " ", low)
+    claims = any(re.search(ASSERTS, re.split(AFTER, part)[0]) for part in re.split(CLAUSE, low))
+    if claims and "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
+        return "it says yes or no"
     if goal := re.fullmatch(rf"\W*({NUMBER})(\W+\w+)?\W*", right):
         return "it gives the number" if _counted(low, q, float(goal[1])) else None
     others = [text for text in texts if text != right]
-    if not others and (pairs := _alternatives(q, right)):
-        others, right = [a for a, _ in pairs], " ".join(b for _, b in pairs)
-    return _contained(re.sub(ADVERBS, "", low), q, right, others, asked, bool(options))
+    return _contained(re.sub(ADVERBS, "", low), q, right, others, asked)
 
 
 def _canonical(text: str) -> str:
     """Case-folded, numbers as digits: 'Twenty-one' → '21', 'two dozen' → '24', '3,99' → '3.99'."""
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().replace("’", "'"))
-    text = re.sub(r"\bnot (a single|one|any)\b", "0", re.sub(r"(?<=\d),(?=\d)", ".", text))
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold().replace("’", "'").strip())
+    text = re.sub(r"(?<=\d),(?=\d)", ".", text)
     text = re.sub(rf"\b(?:an? )?({'|'.join(COUNTS)})s?\b", lambda m: str(COUNTS[m[1]]), text)
     text = re.sub(r"\b([2-9])0[ -]([1-9])\b", r"\1\2", text)
-    text = re.sub(r"\b(ha[sd]|have|he|she|they) left\b", "leave", text)
-    text = re.sub(r"\ban? ([a-z]+) and 0\.5", r"1.5 \1", re.sub(r"\b(\d+) and 0\.5", r"\1.5", text))
-    return re.sub(rf"\b({NUMBER})[ -](100|12|0\.5|0\.25)\b",
-                  lambda m: f"{float(m[1]) * float(m[2]):g}", text)
+    text = re.sub(r"\b(\d+|an?)( [a-z]+)? and 0\.5", r"\1.5\2", text).replace("a.5", "1.5")
+    times = rf"\b({NUMBER})[ -](100|12|0\.5|0\.25)\b"
+    return re.sub(times, lambda m: f"{float(m[1]) * float(m[2]):g}", text)
 
 
-def _stems(text: str) -> list[str]:
+def _stems(text: str) -> set[str]:
     """Words without their endings, COMMON ones left out."""
-    found, endings = [], r"(?<=\w{3})(ies|ing|ish|ed|es|en|ly|er|s|y|e|(?<=(\w))\2)$"
-    for word in re.findall(rf"{NUMBER}|[^\W\d_]+", re.sub(r"'s?\b", "", text)):
-        stem, last = FORMS.get(word, word), ""
-        while stem != last:
-            last, stem = stem, re.sub(endings, "", stem)
-        found += [stem] if word not in COMMON else []
-    return found
-
-
-def _alternatives(q: str, right: str) -> list[tuple[str, str]]:
-    """'Open or closed?' and 'one of: …' are as good as options: (wrong, right) ones."""
-    q, own = q.replace("/", " or "), {*_stems(right)}
-    q = re.sub(r"\b(the|an?|to|in|on|at|by|from) ", "", q)
-    pieces = [" ".join(re.findall(r"[\w'-]+", piece)) for piece in re.split(r"[,:;?.]| or ", q)]
-    if right in pieces:
-        return [(p, right) for p in pieces if p != right and len(p.split()) == len(right.split())]
-    pairs = [*re.findall(r"(\w+) or (\w+)", q), *re.findall(r"(\w+ \w+) or (\w+ \w+)", q)]
-    pairs += [(b, a) for a, b in pairs]
-    return [(a, b) for a, b in pairs if {*_stems(b)} <= own and not own & {*_stems(a)}]
+    found = {*re.findall(rf"{NUMBER}|[^\W\d_]+", text)} - COMMON
+    endings = r"(?<=\w{3})(ies|ing|ish|ed|es|en|ly|er|s|y|e|(?<=(\w))\2)+$"
+    return {re.sub(endings, "", FORMS.get(word, word)) for word in found}
 
 
 def _counted(low: str, q: str, goal: float) -> bool:
     """Whether numbers in the text are the answer, make it up, or correct the student's."""
-    given = {float(n): label for label, n in re.findall(rf"(\w+) ({NUMBER})\b", q)}  # 'player 2'
-    values, known = [], {*_stems(q)}
-
-    def near(x: float) -> bool:
-        units = (1, 0.001, 0.01, 100, 1000) if x % 1 or x > 20 else (1,)
-        spare = 0.1 * goal if goal % 1 or goal > 20 else 0
-        return any(abs(x * unit - goal) <= spare for unit in units)
-
-    for m in re.finditer(NUMBER, low):
-        value, thing = float(m[0]), {*_stems(low[m.end() : m.end() + 20])[:1]}
-        label = value in given and low[: m.start()].endswith(f"{given[value]} ")
-        if not label and (value == goal or value not in given) and (value != 1 or thing & known):
-            values.append(value)  # else 'one' is mostly a pronoun
+    wrong = any(re.search(NUMBER, c) and re.search(CORRECTS, c) for c in re.split(CLAUSE, low))
+    found = re.findall(rf"({NUMBER})(?=\W*(\w*))", low)  # 'one' is mostly a pronoun
+    values = [float(n) for n, thing in found if n != "1" or _stems(thing) & _stems(q)]
     runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a < 7]
-    wrong = [c for c in re.split(CLAUSE, low) if re.search(NUMBER, c) and re.search(CORRECTS, c)]
-    yours = re.search(YOURS, low) and re.search(NUMBER, low)
-    return bool(wrong or yours or any(near(sum(run)) or near(math.prod(run)) for run in runs))
+    made = [make(run) * unit for run in runs for make in (sum, math.prod)
+            for unit in (1, 0.001, 0.01, 100, 1000)]
+    near = any(abs(x - goal) <= (0.1 * goal if goal % 1 else 1e-9) for x in made)
+    return near or wrong or bool(found and re.search(YOURS, low))
 
 
-def _contained(low: str, q: str, right: str, others: list, asked: set, listed: bool) -> str | None:
-    said, denied, known = set(), set(), {*_stems(q)}
+def _contained(low: str, q: str, right: str, others: list[str], asked: set[str]) -> str | None:
+    said, denied, known, key = set(), set(), _stems(q), _stems(right)
     for clause in re.split(CLAUSE, low):
         (denied if re.search(NOT, clause) else said).update(_stems(clause))
-    said |= {a + b for a in said for b in said if min(len(a), len(b)) > 2}  # 'window sill'
-    key, rest = {*_stems(right)}, [{*_stems(other)} for other in others]
+    said |= {a + b for a in said for b in said}  # 'window sill'
+    group = r"\w+" + r" \w+" * (len(right.split()) - 1)
+    pairs = re.findall(rf"\b(?=({group})(?:,| or|, or) ({group})\b)", q)  # are as good as options
+    pairs += [(b, a) for a, b in pairs]
+    rest = [_stems(other) for other in others or [a for a, b in pairs if _stems(b) <= key]]
     if not rest:
-        new, phrase = key - known - WEAK or key - known, " ".join(re.findall(r"\w+", right))
-        part = len(new) < 3 and asked & {"quality", "place"} and new & said - WEAK
-        most = len(new & said) >= (len(new) if len(new) < 3 else 0.6 * len(new))
-        whole = re.search(rf"\b{phrase}\b", " ".join(re.findall(r"\w+", low)))
-        return "it contains the answer" if new and (part or most or whole) else None
+        new = key - known - WEAK or key - known
+        part = asked & {"quality", "place"} and new & said - WEAK
+        most = len(new & said) >= 0.6 * len(new) or re.search(rf"\b{re.escape(right)}\b", low)
+        return "it contains the answer" if new and (part or most) else None
     every, shared = key.union(*rest), key.intersection(*rest)
     even = sum(bool((other - shared) & known) for other in (key, *rest)) > 1  # q names them all
     told = shared if even else shared | known  # what gives nothing away
     mine, core = (every - told) & said - (WEAK if key - WEAK else set()), key - told - WEAK
     whole = core and core <= said and not any(other - shared <= said for other in rest)
-    enough = all if "place" in asked else any
-    if whole or mine and mine <= key and not enough(mine <= other for other in rest):
+    if whole or mine and mine <= key and not any(mine <= other for other in rest):
         return "it contains the answer"
-    out = (every - shared) & (said | denied)
-    clear = rest[1:] or out & denied or not listed
-    if clear and not key <= said and not out & key - set().union(*rest):
-        if all((other - shared - key) & out for other in rest):
-            return "it rules out the others"
+    out = (every - shared) & (said | denied if rest[1:] else denied)
+    if not key <= said and all((other - shared - key) & out for other in rest):
+        return "it rules out the others"
     items = re.split(r", | then | and |→", right)
     places = [place for item in items if (place := low.find(item.strip(" ."))) >= 0]
-    if len(places) > 2 and places == sorted(places) and all(other == key for other in rest):
-        steps = re.search(r"\b(then|next|follow\w*|finally|after|before|last|end|start)\b", low)
-        return "it gives the order" if steps else None
-    return None
+    return "it gives the order" if places[2:] and places == sorted(places) else None
