@@ -113,9 +113,8 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     need(kind in TYPES, f"unknown problem_type '{kind}'; use one of: {', '.join(TYPES)}")
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
     need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
-    options = record.get("options") or []
-    need(isinstance(options, list), "field 'options' is no list; mend it")
-    options = [str(option) for option in options]
+    need(isinstance(record.get("options") or [], list), "field 'options' is no list; mend it")
+    options = [str(option) for option in record.get("options") or []]
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
@@ -219,7 +218,6 @@ def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> di
             return len(video), video.seconds(-1)
         except DataError as error:
             return error
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(paths, tqdm(pool.map(look, paths), "videos", len(paths), leave=False)))
 
@@ -228,7 +226,6 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
     def chunk(name: bytes, body: bytes) -> bytes:
         return name + pack("<I", len(body)) + body
-
     (w, h), n, most, movie, index = frames[0].size, len(frames), 0, b"movi", b""
     for frame in frames:
         buffer = BytesIO()
@@ -329,10 +326,8 @@ def needle_texts(samples: list[Sample]) -> list[str]:
 # --- a teacher's brain without a model ---
 def scripted(truths: dict[str, list[dict]]) -> Callable:
     """A brain for teacher.py that looks the evidence up by case id, but speaks the whole protocol.
-
     `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
     `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
-
     def reply(talk: list[dict]) -> tuple[str, int]:
         opening = talk[1]["content"][0]["text"]
         case_id = opening.partition("\n")[0].removeprefix("Case: ")
@@ -353,25 +348,23 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
                  "temporal_markers": [moment], "spatial_regions": regions}
         body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
-
     return lambda talks, seconds: [reply(talk) for talk in talks]
 
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set, and list what to skip.")
+    parser = argparse.ArgumentParser(description="Check a data set, and list in FILE.skip.json "
+                                     "what train.py --skip should leave out.")
     parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
     parser.add_argument("--video_root", default="", help="folder the records' paths start from")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds a video may take")
-    parser.add_argument("--skip", help="where the list goes (default: FILE.skip.json)")
     c = parser.parse_args()
     try:
         sha, records = digest(c.file), read_records(c.file, c.video_root)
     except (DataError, OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"data.py: {error}") from error
     samples = {i: s for i, s in records.items() if isinstance(s, Sample)}
-    seen = look_at([*{s.path: 0 for s in samples.values()}], c.num_frames, c.patience)
+    seen = look_at([*{s.path: 0 for s in samples.values()}], c.num_frames)
     records |= {i: seen[s.path] for i, s in samples.items()}
     wrong = {i: str(fact) for i, fact in records.items() if isinstance(fact, DataError)}
     fine = [s for i, s in samples.items() if i not in wrong]
@@ -382,9 +375,8 @@ def main() -> None:
         print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
     twice = len(fine) - len({(s.path, s.question, *s.options) for s in fine})
     print(f"  {'asked again':14}{twice} (same question about the same video)")
-    listed = Path(c.skip or f"{c.file}.skip.json")
-    listed.write_text(json.dumps({"data": sha, "records": wrong}, indent=1, ensure_ascii=False),
-                      encoding="utf-8")
+    listed, found = Path(f"{c.file}.skip.json"), {"data": sha, "records": wrong}
+    listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     print(*wrong.values(), f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
           "others for train.py --skip", sep="\n")
 

@@ -64,8 +64,7 @@ class Question:
     counts: bool = True  # False for a stand-in that must not be trained on
 
     @property
-    def spacing(self) -> float:
-        """Seconds between two shown frames."""
+    def spacing(self) -> float:  # seconds between two shown frames
         first, last = (self.video.seconds(self.indices[end]) for end in (0, -1))
         return (last - first) / max(len(self.indices) - 1, 1)
 
@@ -84,8 +83,7 @@ class Rollout:
     error: TeacherError | None = None  # why this failed τ got no patch
 
     @property
-    def first(self) -> "Rollout":
-        """The unaided rollout in this place of the group."""
+    def first(self) -> "Rollout":  # the unaided one in this place of the group
         return self.failed or self
 
 
@@ -109,7 +107,6 @@ def open_questions(student: Student, samples: list[Sample], spare: Question) -> 
     return questions
 
 
-# --- prompts, with and without a patch ---
 def render_question(student: Student, sample: Sample, more: list = ()) -> str:
     """The prompt's text: video, question, `more` parts: a patch. Without it the user turn is a
     prefix of the one with it."""
@@ -123,13 +120,11 @@ def render_question(student: Student, sample: Sample, more: list = ()) -> str:
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
     """The patch as chat parts: a text, with times as Qwen3-VL's processor writes them, then key
     frames with regions drawn, and crops, at native size; without pictures, regions by corners."""
-
     def at(first: int, last: int) -> str:
         start, end = video.seconds(first), video.seconds(last)
         if end - start <= spacing:  # one moment of the student's view
             return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
-
     lines = [f"\n\nEvidence ({patch.error_type}):"]
     if patch.spans:
         lines.append("Moments:" + ",".join(at(*span) for span in patch.spans))
@@ -252,7 +247,6 @@ def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
 
 
-# --- what is measured and shown of a round ---
 def describe(question: Question, r: Rollout) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""
     frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
@@ -330,7 +324,6 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> N
         picture.save(file)
 
 
-# --- test time: x alone ---
 def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
     """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
     it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""

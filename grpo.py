@@ -43,7 +43,7 @@ def load_policy(name: str, attention="", checkpointing=False, freeze_vision=Fals
         raise ValueError(f"{name}: no vision tower is found in it; train it without freezing")
     vision.requires_grad_(not freeze_vision)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model, processor
 
 
@@ -52,7 +52,6 @@ def restore_positions(backbone) -> None:
     Qwen2.5-VL's weights were trained. From 5.3 on, transformers starts it where the frame's height
     and width end, inside the video's time. Where both agree, nothing changes."""
     rope_index = backbone.get_rope_index
-
     def get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs):
         positions, deltas = rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
         for row, kind, delta in zip(positions.unbind(1), mm_token_type_ids == 2, deltas):
@@ -61,7 +60,6 @@ def restore_positions(backbone) -> None:
                 row[:, after:] += row[:, :after].max() + 1 - row[0, after]
             delta += row.max() - largest  # what `generate` continues from
         return positions, deltas
-
     backbone.get_rope_index = get_rope_index
 
 
@@ -98,8 +96,7 @@ class Completion:
 def stack_prompts(prompts: list[dict], pad_id: int) -> dict:
     """Stack one-row prompts, patched and not: (1, L) tensors are left-padded to (B, L), the others
     (pixels, grids) joined."""
-    longest = max(p["input_ids"].shape[1] for p in prompts)
-    batch = {}
+    longest, batch = max(p["input_ids"].shape[1] for p in prompts), {}
     for key in dict.fromkeys(key for p in prompts for key in p):
         rows, fill = [], pad_id if key == "input_ids" else 0
         for value, ids in ((p[key], p["input_ids"]) for p in prompts if key in p):
@@ -129,9 +126,7 @@ class _OwnNoise(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = policy_logits(scores, self.sampling)  # (B, V)
-        logp = logits.log_softmax(-1)
-        noisy = logp
+        noisy = logp = policy_logits(scores, self.sampling).log_softmax(-1)  # (B, V)
         if self.sampling.temperature > 0:
             # Top-p: the fewest tokens whose probability reaches it; the likeliest always stays.
             ranked, order = logp.exp().sort(descending=True)
@@ -169,11 +164,9 @@ def generate(model, prompts: list[dict], seeds: list[int], sampling: Sampling,
         model.train(was_training)
     logps = torch.cat(noise.logps, 1)[:, : tokens.shape[1]]
     ends = torch.isin(tokens, torch.tensor(sampling.eos_ids, device=tokens.device))
-    completions = []
-    for row, logp, end in zip(tokens, logps, ends):
-        length = int(end.int().argmax()) + 1 if end.any() else len(row)
-        completions.append(Completion(row[:length], logp[:length], bool(end.any())))
-    return completions
+    lengths = [int(end.int().argmax()) + 1 if end.any() else len(end) for end in ends]
+    return [Completion(row[:n], logp[:n], bool(end.any()))
+            for row, logp, end, n in zip(tokens, logps, ends, lengths)]
 
 
 def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Sampling) -> tuple:
@@ -211,7 +204,6 @@ def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = 
 def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor,
               mask: Tensor, total_tokens: float, epsilon=0.2, beta=0.04) -> Tensor:
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
-
     logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
     step's rollouts on all ranks, so that parts add up to the token mean. KL is the k3 estimate
     e^d − d − 1, d = log π_ref − log π_θ (whose gradient is that of KL(π_ref ‖ π_θ))."""
@@ -269,8 +261,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% else %}"
     "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def tiny_policy(folder: str, texts: list[str], seed: int) -> None:

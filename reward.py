@@ -97,16 +97,19 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+(?:[.,'’:-]\w+)*", text.casefold())
 
 
-def word_error_rate(given: str, answer: str) -> float:
-    """Word-level edit distance over the number of reference words."""
-    x, y = _words(given), _words(answer)
+def edit_distance(x: list[str], y: list[str], substitution: int = 1) -> int:
+    """The least cost of turning x into y; inserting or deleting a word costs 1."""
     row = list(range(len(y) + 1))
     for i, word in enumerate(x, 1):
         diagonal, row[0] = row[0], i
         for j, reference in enumerate(y, 1):
-            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (word != reference))
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + substitution * (word != reference))
             diagonal, row[j] = row[j], best
-    return row[-1] / max(len(y), 1)
+    return row[-1]
+
+
+def word_error_rate(given: str, answer: str) -> float:
+    return edit_distance(_words(given), _words(answer)) / max(len(_words(answer)), 1)
 
 
 def rouge_n(given: str, answer: str, n: int) -> float:
@@ -120,15 +123,9 @@ def rouge_n(given: str, answer: str, n: int) -> float:
 
 
 def rouge_l(given: str, answer: str) -> float:
-    """ROUGE-L F1: the longest common subsequence of words."""
+    """ROUGE-L F1, 2 LCS / (|x| + |y|): without substitutions the distance is |x| + |y| − 2 LCS."""
     x, y = _words(given), _words(answer)
-    row = [0] * (len(y) + 1)
-    for word in x:
-        diagonal = 0
-        for j, reference in enumerate(y, 1):
-            longest = diagonal + 1 if word == reference else max(row[j], row[j - 1])
-            diagonal, row[j] = row[j], longest
-    return 2 * row[-1] / max(len(x) + len(y), 1)
+    return (len(x) + len(y) - edit_distance(x, y, 2)) / max(len(x) + len(y), 1)
 
 
 def cited_moments(rationale: str) -> list[tuple[float, float]]:
@@ -147,12 +144,10 @@ def alignment(response: str, spans: list[tuple[float, float]], tolerance: float)
     """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
     Ours. In seconds, as `tolerance`, half the student's frame spacing. Precision is the part of the
     cited time that lies in a span, so citing everything does not win; recall, of spans cited."""
-
     def inside(moment: tuple[float, float], span: tuple[float, float]) -> float:
         overlap = min(moment[1], span[1]) - max(moment[0], span[0])
         length = moment[1] - moment[0]  # 0: a point
         return max(0.0, overlap / length) if length else float(overlap >= 0)
-
     rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
     cited = cited_moments(rationale[1]) if rationale else []
     wide = [(start - tolerance, end + tolerance) for start, end in spans]
@@ -164,11 +159,8 @@ def alignment(response: str, spans: list[tuple[float, float]], tolerance: float)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def robust_improvement_reward(
-    first: Score, repaired: Score | None, align: float, kappa: float, lam: float
-) -> float:
+def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa, lam) -> float:
     """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
-
     FFR eq. R̃, but for the λ term (ours). `repaired` is None where no patch was delivered: the
     failed rollout then keeps its plain reward, untaxed."""
     if first.correct or repaired is None:

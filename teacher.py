@@ -14,14 +14,14 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import mktime_tz, parsedate_tz
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
 from PIL import Image
@@ -35,13 +35,6 @@ BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a time
 
 
-class Clip(Protocol):
-    """What the tools need of a video. Frames are original indices."""
-    def __len__(self) -> int: ...
-    def seconds(self, index: int) -> float: ...
-    def frame(self, index: int) -> Image.Image: ...
-
-
 @dataclass
 class Case:
     """S_i: one failed rollout's question x, reference y and response τ_i."""
@@ -50,7 +43,7 @@ class Case:
     options: list[str]
     answer: str
     response: str
-    video: Clip
+    video: Sized  # a clip: len() of it, `seconds(i)` and `frame(i)` of an original frame
 
 
 class Region(NamedTuple):
@@ -89,8 +82,8 @@ Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations, second
 Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may take things out of it
 
 SYSTEM = """\
-A student answered a question about a video wrongly. Look at the video, find the one thing that it
-missed, and hand back the least evidence that lets it see that; it then answers again. Errors are
+A student answered a question about a video wrongly. Find the one thing that it missed, and hand
+back the least evidence that lets it see that; it then answers again. Errors are
 - temporal: it looked at the wrong moment, missed one, or mixed up the order of events
 - spatial: it looked at the right moment but missed or misread an object, a place, a detail
 - misconception: it saw the right thing but misunderstood the question or reasoned wrongly
@@ -109,8 +102,8 @@ The content directs attention, it never tells the result. By what the question a
 - what happens, in which order, why: say what to follow, not the action, the order or the reason
 - where: say what to look for and when, no place and no side
 - when, how long: say which change to wait for, no time, no "early" or "late"
-Never an option's letter or text, never which options are out, never the student's mistake turned
-round ("not open" says closed). The same holds for each "what".
+Never an option's letter or text, nor which are out, nor the student's mistake turned round ("not
+open" says closed). The same holds for each "what".
 Bad: "The hand puts down the book." Good: "Follow the right hand until it lets go."
 Bad: "There are three cups." Good: "Go through the table from end to end, behind the jug too."
 Blind test: someone who has not seen the video must not be able to answer from your words."""
@@ -138,7 +131,7 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
-def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
+def _picture(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
     """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
     image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
     if box is not None:
@@ -151,12 +144,11 @@ def _picture(video: Clip, index: int, box: tuple | None = None) -> list[dict]:
     return [_text(label), {"type": "image_url", "image_url": {"url": url}}]
 
 
-# --- the tools ---
 TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
          "get_temporal_segment": ("start_frame", "end_frame", "stride")}
 
 
-def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
+def run_tool(name: str, arguments: str, video: Sized) -> list[dict]:
     """Execute a tool call on the original video; returns labels and images as chat parts. Arguments
     are read as numbers, never evaluated. Raises ValueError, a sentence for the teacher."""
     if name not in TOOLS:
@@ -177,7 +169,7 @@ def run_tool(name: str, arguments: str, video: Clip) -> list[dict]:
     return [part for index in indices for part in _picture(video, index)]
 
 
-def _index(value, video: Clip) -> int:
+def _index(value, video: Sized) -> int:
     if not 0 <= float(value) < len(video):  # nan and inf too; ValueError, TypeError: no number
         raise ValueError(f"there is no frame {value}, only 0 to {len(video) - 1}")
     return int(float(value))
@@ -190,15 +182,12 @@ def _box(values) -> tuple[float, float, float, float]:
     return x1, y1, x2, y2
 
 
-# --- the reply and its limits ---
-def parse_patch(text: str, video: Clip) -> EvidencePatch:
+def parse_patch(text: str, video: Sized) -> EvidencePatch:
     """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
     body = text.rpartition("<answer>")[2]
-
     def words(value, most: int) -> str:  # without brackets that spell a student's special token
         value = re.sub(r"[<>\[\]]", " ", _plain(str(value or "")))[: 15 * most]
         return " ".join(value.split()[:most])
-
     try:
         reply = json.loads(body[body.find("{") : body.rfind("}") + 1])
         evidence, kind = reply["evidence_patch"], str(reply["error_classification"]).lower()
@@ -221,19 +210,15 @@ def parse_patch(text: str, video: Clip) -> EvidencePatch:
 
 
 # --- Find and Fix: all failures of a step together ---
-def diagnose(
-    cases: list[Case], chat: Chat | None, gate: Gate, show_answer: bool = True,
-    num_frames: int = 16, timeout: float = 300.0, step_timeout: float = 900.0, workers: int = 0,
-    cache: str = "", brain: str = "", spent: Counter | None = None,
-) -> list[EvidencePatch | TeacherError]:
+def diagnose(cases: list[Case], chat: Chat | None, gate: Gate, show_answer=True, num_frames=16,
+             timeout=300.0, step_timeout=900.0, workers=0, cache="", brain="",
+             spent: Counter | None = None) -> list[EvidencePatch | TeacherError]:
     """A patch for each case, or why there is none: whatever goes wrong becomes a `TeacherError`.
-
     With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time. One
     may take `timeout` seconds, all `step_timeout`. `cache`: a folder of replies and failures by all
     that the brain is shown and by `brain`, its name and settings; `chat` None asks nothing else."""
     distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
     spent, verdicts = Counter() if spent is None else spent, {}
-
     def work(keys: list[str]) -> None:
         stop, replies = min(end, time.monotonic() + timeout), dict.fromkeys(keys)
         loops = {k: _tool_loop(distinct[k], gate, show_answer, num_frames, spent) for k in keys}
@@ -246,7 +231,6 @@ def diagnose(
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
                     verdicts[key] = getattr(last.with_traceback(None), "value", last)
             replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
-
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         list(pool.map(work, [[key] for key in distinct] if workers else [[*distinct]]))
     return [verdicts[repr(case)] for case in cases]
@@ -294,7 +278,6 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
     replies = [_load(Path(cache, key)) if cache else None for key in keys]
     asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
     fresh = [TeacherError("timeout" if chat else "miss", "no reply in time")] * len(asked)
-
     def call():
         try:
             said = zip(asked, chat([talks[i] for i in asked], end - began), strict=True)
@@ -303,7 +286,6 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
         except Exception as error:  # whatever a brain raises costs its cases, never the run
             raised = _plain(f"{type(error).__name__}: {error}")
             fresh[:] = [TeacherError("raised", raised)] * len(asked)
-
     if chat and asked and end > began:
         thread = threading.Thread(target=call, daemon=True)  # one that hangs costs only its time
         thread.start()
@@ -336,11 +318,9 @@ def _store(file: Path, reply: Reply) -> None:
     part.replace(file)  # other processes see all of it or nothing
 
 
-# --- brains ---
 def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
     """A brain behind an OpenAI-compatible endpoint that takes images. `key` stays in here."""
     secret = key if key[7:] else "\0"  # a placeholder is no secret, and may be part of any word
-
     def complete(talk: list[dict], end: float) -> Reply:
         for attempt in range(MAX_TRIES):
             left = max(end - time.monotonic(), 0.01)
@@ -366,13 +346,11 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 return TeacherError(cause, str(fault).replace(secret, "[key]"))
             time.sleep(max(wait, 0.0))
-
     return lambda talks, seconds: [*map(complete, talks, [time.monotonic() + seconds] * len(talks))]
 
 
 def local(model, processor, max_tokens: int = 2048) -> Chat:
     """A brain that is a transformers vision-language model; all conversations go in one batch."""
-
     def chat(talks: list[list[dict]], seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
             talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -381,5 +359,4 @@ def local(model, processor, max_tokens: int = 2048) -> Chat:
                              max_time=0.8 * seconds)[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
-
     return chat

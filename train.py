@@ -219,8 +219,7 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         shown = len([*Path(config.out, "repairs").glob("*.txt")])
         if accelerator.is_main_process and shown * steps <= 8 * step:  # 8 in a run
             ffr.show_repair(config, questions, groups, step + 1)
-        bar.set_postfix_str("unaided {unaided:.2f} helped {intervention:.2f} fixed {fix:.2f}".format(
-            **metrics))
+        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")})
         if (step + 1) % config.save_steps == 0 or step + 1 == steps:
             save_checkpoint(accelerator, config, step + 1)
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
@@ -288,18 +287,15 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
     samples = data.load_samples(f"{config.out}/cold/records.jsonl")
     grpo.tiny_policy(config.model, data.needle_texts(samples), config.seed)
     student = load_student(config, accelerator)
-    teach = load_teacher(replace(config, method="ffr", teacher="scripted"), samples, accelerator.device)
+    scripted = replace(config, method="ffr", teacher="scripted")
+    teach = load_teacher(scripted, samples, accelerator.device)
     rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
-    cues = sorted({s.truth["cue"] for s in samples})
-    gaps = sorted({s.truth["look"] - s.truth["cue"] for s in samples})
-
     def write(truth: dict, cue_known=1.0, gap_known=1.0, shown: list[int] = ()) -> str:
         if shown:
             return data.needle_caption(truth, rng.sample(shown, len(shown)))
-        cue = truth["cue"] if rng.random() < cue_known else rng.choice(cues)
-        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice(gaps)
+        cue = truth["cue"] if rng.random() < cue_known else rng.choice(range(1, data.MOMENTS - 1))
+        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice((-1, 0, 1))
         return data.needle_rationale(truth, cue, cue + gap)
-
     lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
     for i, sample in enumerate(tqdm(samples, desc="lessons")):
         x, told = ffr.open_question(student, sample), replace(sample, question=data.CAPTION)

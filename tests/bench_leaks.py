@@ -87,8 +87,8 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
 
     def encode(text: str) -> dict:
         chat = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        return dict(student.processor(text=[ffr.render_chat(student.processor, chat)],
-                                      return_tensors="pt"))
+        text = student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return dict(student.processor(text=[text], return_tensors="pt"))
 
     tokenizer, rng = student.processor.tokenizer, random.Random(SEED)
     pairs = [(encode(text), torch.tensor(tokenizer(answer + tokenizer.eos_token)["input_ids"]))

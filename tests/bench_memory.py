@@ -3,7 +3,8 @@ on tiny models, fitted by a formula, and computed from it for a 7B. `python test
 
     update      4P (weights) + 4P (gradients) + 8P (Adam) + 4P (π_ref, β > 0) + 2P (bf16 copies)
                 + a · G(L + C) · layers · width + v · G · patches · depth · width_v + c · G · C · V
-    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + k · G(L + C) · layers · 2 · kv_width + d · G(L + C) · width + e · G · V
+    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · G(L + C) · layers · 2 · kv_width
+                + d · G(L + C) · width + e · patches · width_v + f · G · V
 
 P parameters, L prompt tokens, C completion tokens, V vocabulary. Bytes are those of live tensors:
 no allocator's rounding, no fragmentation, no kernels' workspaces.
@@ -27,8 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 import grpo  # noqa: E402
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, STOP = 2048, 1, 2, 3, 4, 5
-BASE = dict(G=4, frames=8, completion=32, beta=0.04)
-SWEEPS = dict(G=(2, 4, 8), frames=(4, 16), completion=(16, 128), beta=(0.0,))
+BASE = dict(G=4, frames=8, words=20, completion=32, beta=0.04)
+SWEEPS = dict(G=(2, 4, 8), frames=(4, 16), words=(200, 400), completion=(16, 128), beta=(0.0,))
 # Qwen2.5-VL-7B, and the paper's settings: 16 frames of 128 · 28 · 28 pixels, two to a token step
 SEVEN = dict(P=8.29e9, layers=28, width=3584, kv=512, depth=32, vision=1280, V=152_064)
 PAPER = dict(G=8, prompt=8 * 128 + 200, patches=16 // 2 * 128 * 4, completion=1024)
@@ -50,10 +51,10 @@ def build(width, layers):
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def prompt_of(frames):
-    """A question about `frames` frames of 8 × 8 patches, 16 tokens each two frames."""
+def prompt_of(frames, words):
+    """A question of so many words about `frames` frames of 8 × 8 patches, 16 tokens each two frames."""
     steps = frames // 2
-    ids = [START] + [VIDEO] * 16 * steps + [STOP] + [9] * 20
+    ids = [START] + [VIDEO] * 16 * steps + [STOP] + [9] * words
     kinds = [2 * (token == VIDEO) for token in ids]
     return {
         "input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(),
@@ -97,13 +98,13 @@ def peak_of(work, optimizer, *modules):
     return mode.bytes
 
 
-def measure(width, layers, checkpointing, G, frames, completion, beta):
+def measure(width, layers, checkpointing, G, frames, words, completion, beta):
     """Peaks of one update and one generation, and what the formula takes as inputs."""
     model = build(width, layers)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.eval()
-    accelerator, prompt = Accelerator(cpu=True, mixed_precision="bf16"), prompt_of(frames)
+    accelerator, prompt = Accelerator(cpu=True, mixed_precision="bf16"), prompt_of(frames, words)
     reference = [deepcopy(model).requires_grad_(False)] if beta else []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
     sampling = grpo.Sampling(1.0, 1.0, completion, (PAD,), PAD, (PAD, IMAGE, VIDEO))  # never ends
@@ -136,8 +137,8 @@ def terms(x):
         "update": (known + 14 * x["P"], [rows * x["layers"] * x["width"],
                                          x["G"] * x["patches"] * x["depth"] * x["vision"],
                                          x["G"] * x["completion"] * x["V"]]),
-        "generation": (known + 10 * x["P"], [rows * x["layers"] * 2 * x["kv"], rows * x["width"],
-                                            x["G"] * x["V"]]),
+        "generation": (known + 10 * x["P"] + 2 * rows * x["layers"] * 2 * x["kv"],
+                       [rows * x["width"], x["patches"] * x["vision"], x["G"] * x["V"]]),
     }
 
 

@@ -70,7 +70,7 @@ def test_patch_never_contains_the_answer(questions, teach):
 def test_prompt_template_takes_any_characters(student, samples):
     odd = replace(samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"])
     own = with_config(student, prompt="Q: {question} | {options} | {suffix} {else}")
-    text = ffr.build_messages(own, odd)[0]["content"][1]["text"]
+    text = ffr.render_question(own, odd).partition("<|vision_end|>")[2].partition("<|im_end|>")[0]
     assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
 
 
