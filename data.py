@@ -51,7 +51,6 @@ class Sample:
 
 
 def need(fine: object, problem: str) -> None:
-    """Raise `DataError` with the problem unless `fine`."""
     if not fine:
         raise DataError(problem)
 
@@ -74,7 +73,6 @@ def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file; raises `DataError` where there is none."""
     need(Path(path).is_file(), f"{path}: no such data file; give a .json or .jsonl file")
     return sha256(Path(path).read_bytes()).hexdigest()
 
@@ -190,8 +188,7 @@ class Video:
         return len(self.times)
 
     def seconds(self, index: int) -> float:
-        """Time of an original frame since the first, in seconds, at variable frame rates too."""
-        return self.times[index]
+        return self.times[index]  # since the first frame, at variable frame rates too
 
     def uniform(self, num_frames: int) -> list[int]:
         """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""
@@ -199,7 +196,6 @@ class Video:
         return [round(k * (len(self) - 1) / max(steps - 1, 1)) for k in range(steps)]
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
-        """Original frames at native size."""
         return [Image.fromarray(frame) for frame in self.decoder(self.path, list(indices))]
 
 

@@ -281,8 +281,7 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence, *parts = render_patch(patch, question.video, question.spacing)
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
-    if lam * s.correct * rollout.align:
-        reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
+    reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}" * bool(lam * s.correct * rollout.align)
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
     given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])

@@ -94,8 +94,7 @@ class Completion:
 
 
 def stack_prompts(prompts: list[dict], pad_id: int) -> dict:
-    """Stack one-row prompts, patched and not: (1, L) tensors are left-padded to (B, L), the others
-    (pixels, grids) joined."""
+    """One-row prompts, patched and not, as a batch: (1, L) left-padded to (B, L), others joined."""
     longest, batch = max(p["input_ids"].shape[1] for p in prompts), {}
     for key in dict.fromkeys(key for p in prompts for key in p):
         rows, fill = [], pad_id if key == "input_ids" else 0
@@ -107,9 +106,8 @@ def stack_prompts(prompts: list[dict], pad_id: int) -> dict:
 
 
 def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits (…, V) that define π, when sampling and scoring (π_θ, π_old, π_ref): fp32, at the
-    sampling temperature, suppressed ids masked. Top-p is left out: it truncates what is sampled,
-    while r_t is of the full softmax, as usual (at top_p = 1 both are the same)."""
+    """Logits (…, V) that define π, sampled and scored: fp32, at the temperature, suppressed ids
+    masked. Not top-p: it truncates what is sampled, while r_t is of the full softmax, as usual."""
     logits = logits.float() / (sampling.temperature or 1.0)
     if sampling.suppressed_ids:
         logits[..., list(sampling.suppressed_ids)] = -torch.inf
@@ -117,9 +115,8 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 class _OwnNoise(LogitsProcessor):
-    """Sample each row by Gumbel-max from its own generator, and keep the chosen tokens' log-probs.
-    A rollout's randomness is thus its own, not the batch's: leaving a row out, or sharing rows
-    among processes, changes nothing for the others."""
+    """Sample each row by Gumbel-max from its own generator, and keep the chosen tokens' log-probs:
+    leaving a row out, or sharing rows among processes, changes nothing for the others."""
 
     def __init__(self, seeds: list[int], sampling: Sampling, device: torch.device):
         self.sampling, self.logps = sampling, []
@@ -144,9 +141,8 @@ class _OwnNoise(LogitsProcessor):
 def generate(model, prompts: list[dict], seeds: list[int], sampling: Sampling,
              num_rollouts: int = 1, synced: bool = False) -> list[Completion]:
     """Sample `num_rollouts` completions per prompt (neighbours in the result), in one batch.
-    `model` is unwrapped (DDP has no `generate`); `seeds` has one entry per completion. `synced`
-    (sharded parameters): step until every rank is done. The checkpoint's own `generation_config`
-    plays no part. A prompt's video is encoded once for all its rollouts."""
+    `model` is unwrapped (DDP has no `generate`), its `generation_config` plays no part; `seeds` has
+    one entry per completion. `synced` (sharded parameters): step until every rank is done."""
     batch = stack_prompts(prompts, sampling.pad_id)
     noise = _OwnNoise(seeds, sampling, batch["input_ids"].device)
     was_training, own_config = model.training, model.generation_config
@@ -191,9 +187,8 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
-    """A_i = (R̃_i − mean) / std over each group; `rewards` (prompts, G) → the same shape. `scale`:
-    "group" divides by the group's own std (FFR, GRPO), "batch" by `batch_std`, of all rollouts of
-    the optimizer step, "none" not at all (Dr. GRPO)."""
+    """A_i = (R̃_i − mean) / std; `rewards` (prompts, G) → the same shape. The std is of the "group"
+    (FFR, GRPO), of the "batch" (of all rollouts of the step: `batch_std`), or "none" (Dr. GRPO)."""
     centred = rewards - rewards.mean(1, keepdim=True)
     if scale == "none":
         return centred

@@ -177,8 +177,7 @@ ASKS = {  # what a question asks for, and so a patch must not say
     "time": r"(^|[,.:;] |\band )when\b(?!.*, )|\bhow (long|much time|many (seconds|minutes))\b|"
             r"\b(what|which) (exact )?(time|second|minute|moment|point)\b",
     "quality": r"\b(colou?r|material|pattern|shape)",
-    "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
-}
+    "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b"}
 COUNTS = {name: n for n, names in zip([*range(21), *range(30, 101, 10), 0.5, 0.25], (
     "zero none nobody|one once single|two twice pair couple both double|three triple trio|four|"
     "five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"

@@ -51,8 +51,7 @@ class Region(NamedTuple):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in 0–1
     what: str = ""
 
-    def corners(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """The box in pixels, at least one each way."""
+    def corners(self, image: Image.Image) -> tuple[int, int, int, int]:  # in pixels, at least one
         x1, y1, x2, y2 = (int(v * side) for v, side in zip(self.box, image.size * 2))
         return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
@@ -112,10 +111,10 @@ Blind test: someone who has not seen the video must not be able to answer from y
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
     """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
     last, end = len(case.video) - 1, case.video.seconds(len(case.video) - 1)
-    lines = [f"Case: {case.id}", f"The video has {last + 1} frames, the last at {end:.1f} s."]
-    lines += [f"Question: {case.question}", *case.options]
-    lines += [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
-    lines += ["The student's response:", case.response, "Frames of the video:"]
+    known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
+    lines = [f"Case: {case.id}", f"The video has {last + 1} frames, the last at {end:.1f} s.",
+             f"Question: {case.question}", *case.options, *known, "The student's response:",
+             case.response, "Frames of the video:"]
     content = [_text("\n".join(lines))]
     for k in sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}):
         content += _picture(case.video, k)

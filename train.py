@@ -175,7 +175,6 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
             model(input_ids=torch.tensor([[student.sampling.pad_id]], device=accelerator.device))
     accelerator.register_for_checkpointing(scheduler)
     folder = Path(config.out, "checkpoints")
-    shutil.rmtree(folder / "part", ignore_errors=True)  # of a run that was killed
     saved = max(folder.glob("[0-9]*"), default=None) if config.resume else None
     if saved:
         accelerator.load_state(str(saved))
@@ -262,8 +261,7 @@ def open_run(config: Config, processes: int) -> None:
     now = asdict(config) | {
         "processes": processes, "sha256": {path: data.digest(path) for path in files},
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}}
-    begun = file.is_file() and any(out.glob("*.jsonl"))  # one that failed at once is no run
-    then = json.loads(file.read_text(encoding="utf-8")) if begun else {}
+    then = json.loads(file.read_text()) if file.is_file() and any(out.glob("*.jsonl")) else {}
     differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
     if then and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
@@ -275,7 +273,7 @@ def open_run(config: Config, processes: int) -> None:
         for name in ("checkpoints", "repairs"):
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def cold_start(config: Config, accelerator: Accelerator) -> None:
