@@ -258,9 +258,8 @@ def moment_time(moment: int) -> str:
 
 
 def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
-    """Write `n` needle videos and their Video-R1 records; returns the path of `records.jsonl`.
-    Each moment (two frames) shows a square with a ring and a core colour, and one is flashed. The
-    question asks for the colours at a moment relative to the flash: find it, relate, read."""
+    """Write `n` needle videos and their records; returns the records' path. A moment shows a square
+    of two colours, one is flashed; asked are the colours of a moment relative to the flash."""
     rng, root, margin, records = random.Random(seed), Path(folder), max(map(abs, relations)), []
     root.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -349,8 +348,7 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set, and list in FILE.skip.json "
-                                     "what train.py --skip should leave out.")
+    parser = argparse.ArgumentParser(description="Check data; FILE.skip.json lists what to skip.")
     parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
     parser.add_argument("--video_root", default="", help="folder the records' paths start from")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")

@@ -281,7 +281,8 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence, *parts = render_patch(patch, question.video, question.spacing)
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
-    reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}" * bool(lam * s.correct * rollout.align)
+    if lam * s.correct * rollout.align:
+        reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
     given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
@@ -315,8 +316,8 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> N
     fixed = [(q, r) for q, group in zip(questions, groups) for r in group
              if r.failed and r.score.correct]
     for question, rollout in fixed[:1]:
-        safe = re.sub(r"[^\w-]", "_", question.sample.id)
-        file = Path(config.out, "repairs", f"step-{step:04d}-{safe}.png")
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}")
+        file = Path(config.out, "repairs", f"{name}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         text, picture = draw_repair(question, rollout, config.kappa, config.lam)
         file.with_suffix(".txt").write_text(text, encoding="utf-8")

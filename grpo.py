@@ -4,9 +4,8 @@
     o     completion token ids    A_i            `group_advantages`   ε    `epsilon`, β  `beta`
     r_t   π_θ / π_old             J(θ)           `grpo_loss`          μ    `num_updates`
 
-Sources: GRPO (DeepSeekMath), FFR eq. J(θ) and Table 8, Dr. GRPO (`scale="none"`). A prompt is the
-dict of tensors that a processor returns for one conversation: some (1, L) like `input_ids`, others
-(pixels, grids) with rows of their own. Imports no sibling.
+Sources: GRPO (DeepSeekMath), FFR eq. J(θ), Dr. GRPO. A prompt is the dict of tensors a processor
+returns for one conversation, some (1, L), others (pixels, grids) with rows of their own. No sibling.
 """
 
 import re

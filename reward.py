@@ -161,8 +161,7 @@ def alignment(response: str, spans: list[tuple[float, float]], tolerance: float)
 
 def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa, lam) -> float:
     """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
-    FFR eq. R̃, but for the λ term (ours). `repaired` is None where no patch was delivered: the
-    failed rollout then keeps its plain reward, untaxed."""
+    FFR eq. R̃; the λ term is ours. `repaired` None: no patch, so τ keeps its reward, untaxed."""
     if first.correct or repaired is None:
         return first.accuracy + first.format
     return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align

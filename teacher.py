@@ -212,10 +212,9 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
 def diagnose(cases: list[Case], chat: Chat | None, gate: Gate, show_answer=True, num_frames=16,
              timeout=300.0, step_timeout=900.0, workers=0, cache="", brain="",
              spent: Counter | None = None) -> list[EvidencePatch | TeacherError]:
-    """A patch for each case, or why there is none: whatever goes wrong becomes a `TeacherError`.
-    With `workers` 0 all cases share one batch per turn; else so many are diagnosed at a time. One
-    may take `timeout` seconds, all `step_timeout`. `cache`: a folder of replies and failures by all
-    that the brain is shown and by `brain`, its name and settings; `chat` None asks nothing else."""
+    """A patch for each case, or why there is none. With `workers` 0 all cases share one batch per
+    turn, else so many go at a time. One may take `timeout` seconds, all `step_timeout`. `cache`: a
+    folder of replies by all the brain is shown and by `brain`, its name; no `chat`: replay."""
     distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
     spent, verdicts = Counter() if spent is None else spent, {}
     def work(keys: list[str]) -> None:

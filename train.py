@@ -164,8 +164,8 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     if len(samples) < per_step:
         raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
     steps = config.max_steps or config.epochs * (len(samples) // per_step)
-    params = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(student.model.parameters(), config.learning_rate,
+                                  weight_decay=config.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = deepcopy(student.model).eval().requires_grad_(False) if config.beta > 0 else None
     model, optimizer = accelerator.prepare(student.model, optimizer)
@@ -277,16 +277,14 @@ def open_run(config: Config, processes: int) -> None:
 
 
 def cold_start(config: Config, accelerator: Accelerator) -> None:
-    """Write tiny mode's videos, and its student after a supervised start, mediocre on purpose.
-    Captions of 2, then 4, then all moments teach to read a moment that is cited; answers, to follow
-    a patch. Without one the flash they cite is mostly a guess: that is left to reward."""
+    """Tiny mode's videos, and its student, mediocre on purpose: captions teach to read a moment
+    that is cited, answers to follow a patch; which flash they cite unaided is left to reward."""
     for name, (count, seed) in NEEDLES.items():
         data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
     samples = data.load_samples(f"{config.out}/cold/records.jsonl")
     grpo.tiny_policy(config.model, data.needle_texts(samples), config.seed)
     student = load_student(config, accelerator)
-    scripted = replace(config, method="ffr", teacher="scripted")
-    teach = load_teacher(scripted, samples, accelerator.device)
+    teach = load_teacher(replace(config, method="ffr", teacher="scripted"), samples, None)
     rng, tokenizer = random.Random(config.seed), student.processor.tokenizer
     def write(truth: dict, cue_known=1.0, gap_known=1.0, shown: list[int] = ()) -> str:
         if shown:
