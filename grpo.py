@@ -5,7 +5,7 @@
     r_t   π_θ / π_old             J(θ)           `grpo_loss`          μ    `num_updates`
 
 Sources: GRPO (DeepSeekMath), FFR eq. J(θ), Dr. GRPO. A prompt is the dict of tensors a processor
-returns for one conversation, some (1, L), others (pixels, grids) with rows of their own. No sibling.
+returns for one conversation, some (1, L), others (pixels, grids) with their own rows. No sibling.
 """
 
 import re

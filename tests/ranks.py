@@ -139,6 +139,7 @@ def raises(folder, out):
     spare = ffr.open_question(student, samples[0])
     for name in ("normal", "raising"):
         config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
         brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)

@@ -33,6 +33,16 @@ def test_leak_table_is_the_measured_one():
         assert f"{probe[share]:.3f}" in README
 
 
+def test_memory_table_is_the_computed_one():
+    found = json.loads((ROOT / "assets" / "memory.json").read_text())
+    columns = [found["GB"][k] for k in (
+        "plain, beta 0.04", "checkpointed, beta 0.04", "checkpointed, beta 0.0")]
+    for name in set(columns[0]) - {"generation"}:
+        assert f"| {name} | " + " | ".join(f"{c[name]:.1f}" for c in columns) + " |" in README
+    assert found["fits"]["plain"]["update"][1] < 0.15 and found["fits"]["checkpointed"]["update"][1] < 0.22
+    assert columns[1]["8 GPUs, FSDP2"] > 80 and f"takes {columns[0]['generation']:.1f} GB" in README
+
+
 def test_measured_run_shows_what_is_claimed():
     run = json.loads((ROOT / "assets" / "tiny.json").read_text())
     assert run["unaided_after"] - run["unaided_before"] >= 0.30
