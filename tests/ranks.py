@@ -58,10 +58,10 @@ class Keep:
         self.model.zero_grad()
 
 
-def gradient(folder, out):
-    """The gradient of injected rollouts, and where 20 steps on them lead, with SGD and with Adam."""
+def gradient(folder, out, *names):
+    """The gradient of injected rollouts ("keep"), and where 20 steps on them lead: "sgd", "adam"."""
     result = {}
-    for name in ("keep", "sgd", "adam"):
+    for name in names:
         accelerator, student, samples = setup(folder)
         reference = deepcopy(student.model)
         rows = injected(student, [ffr.open_question(student, s) for s in samples[:4]])

@@ -305,19 +305,28 @@ def torchrun(processes, *arguments, timeout=280):
     return done.stdout
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_more_processes_have_the_gradient_and_the_steps_of_one(
-    folder, model_folder, tmp_path, processes
-):
-    torchrun(1, "gradient", folder, tmp_path / "one.pt")
-    torchrun(processes, "gradient", folder, tmp_path / "more.pt")
+def one_and_more(folder, tmp_path, processes, *names):
+    torchrun(1, "gradient", folder, tmp_path / "one.pt", *names)
+    torchrun(processes, "gradient", folder, tmp_path / "more.pt", *names)
     one, more = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "more"))
     assert (one["processes"], more["processes"]) == (1, processes)
+    return one, more
 
-    def apart(a, b):
-        return float((a - b).norm() / a.norm())
 
+def apart(a, b):
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_more_processes_have_the_gradient_of_one(folder, model_folder, tmp_path, processes):
+    one, more = one_and_more(folder, tmp_path, processes, "keep")
     assert one["gradient"].norm() > 0 and apart(one["gradient"], more["gradient"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_take_the_steps_of_one(folder, model_folder, tmp_path, processes):
+    one, more = one_and_more(folder, tmp_path, processes, "sgd", "adam")
     a, b = one["sgd"]["figures"], more["sgd"]["figures"]  # loss, entropy, KL of each step
     assert len(a) == 20 and (a[0] - a[-1]).abs().min() > 1e-3
     assert (a - b).abs().max() < 1e-5
