@@ -170,7 +170,7 @@ def serve_decoder() -> None:
 
 
 class Video:
-    """A video, frames by their original index: teacher.py's Clip. Raises `DataError` if broken."""
+    """A video, frames by their original index: teacher.py's clip. Raises `DataError` if broken."""
 
     def __init__(self, path: str, decoder: Decoder = Decoder()):
         self.path, self.decoder = str(path), decoder
