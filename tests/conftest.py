@@ -36,6 +36,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """`train.main` sets the number of threads, and with it the last bits of what comes after."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tiny")
