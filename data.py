@@ -355,7 +355,7 @@ def main() -> None:
     c = parser.parse_args()
     try:
         sha, records = digest(c.file), read_records(c.file, c.video_root)
-    except (DataError, OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"data.py: {error}") from error
     samples = {i: s for i, s in records.items() if isinstance(s, Sample)}
     seen = look_at([*{s.path: 0 for s in samples.values()}], c.num_frames)

@@ -130,7 +130,7 @@ def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
 
 def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | None:
     """The brain that the settings name, inside the protocol of teacher.py."""
-    if c.method == "grpo":
+    if c.method == "grpo" or c.eval_only:  # at test time there is no teacher
         return None
     chat, name, most = None, c.teacher_model, c.teacher_max_tokens
     Path(c.teacher_cache or c.out).mkdir(parents=True, exist_ok=True)  # or say so now

@@ -43,7 +43,7 @@ def build(width, layers):
                          num_hidden_layers=layers, num_attention_heads=7, num_key_value_heads=1,
                          vocab_size=VOCABULARY, pad_token_id=PAD, eos_token_id=0, bos_token_id=None,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                                          "mrope_section": [width // 56, width // 56 * 0 + width // 14 - 2 * (width // 56), width // 56]}),
+                                          "mrope_section": [width // 56, width // 14 - 2 * (width // 56), width // 56]}),
         vision_config=dict(depth=layers, hidden_size=64, intermediate_size=171, num_heads=4,
                            out_hidden_size=width, fullatt_block_indexes=[layers - 1]),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,

@@ -235,9 +235,13 @@ def test_student_folders_that_cannot_train_are_refused(
 def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
     monkeypatch, tmp_path, model_folder, samples, some_right, capsys
 ):
+    records = [json.loads(line) for line in open(Path(samples[0].path).parent / "records.jsonl")]
+    bare = [{k: v for k, v in record.items() if k != "evidence"} for record in records]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))  # as real data is: no teacher looks it up
     arguments = ["train.py", "--eval_only", "True", "--model", model_folder, "--prompt", "{question}",
                  "--frame_pixels", "1024", "--max_completion_length", "16", "--out", str(tmp_path),
-                 "--data", str(Path(samples[0].path).parent / "records.jsonl")]
+                 "--video_root", str(Path(samples[0].path).parent),
+                 "--data", str(tmp_path / "bare.json")]
     monkeypatch.setattr(ffr.evaluate, "__defaults__", (2,))  # at once
     find, asked = ffr.find_fix_reason, []
 
