@@ -304,7 +304,7 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
             lessons[moments].append((ffr.encode(student, part), partial(write, truth, shown=shown)))
         error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
         (patch,) = teach([ffr.case_of(x, data.needle_rationale(truth, *error))])
-        known = 1.0 if error == (cue, look) else COLD_RELATION
+        known = 1.0 if error[0] == cue else COLD_RELATION  # that patch shows the moment itself
         lessons[0] += [(x.prompt, partial(write, truth, COLD_CUE, COLD_RELATION)),
                        (ffr.encode(student, x, patch), partial(write, truth, 1.0, known))]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
