@@ -46,7 +46,7 @@ BUDGET = 300_000  # tokens that the student samples
 VIDEOS = {"cold": (384, 1), "train": (1024, 2), "held_out": (512, 3)}  # number, seed
 COLD = (0.0, 0.1)  # p_find, p_read: how often the lessons are right beyond chance
 QUESTIONS, POINTS = 4, 8  # questions a step; evaluations on the way
-GRID = (1.5e-4, 3e-4, 6e-4)  # learning rates, tried on the seeds
+GRID = (8e-5, 1.5e-4, 3e-4, 6e-4)  # learning rates, tried on the seeds
 GRID_SEEDS = (100, 101)
 LR = {"GRPO": 3e-4, "FFR": 3e-4}  # the best of the grid; all other arms take FFR's
 DIAL = ((0.0, 0.05, 0.2), (0.1, 0.4, 0.7))  # p_find, p_read
@@ -94,6 +94,10 @@ def jobs(phase: str) -> list[tuple]:
 def name_of(job: tuple) -> str:
     phase, arm, seed, (find, read), lr = job
     return f"{phase} {arm} find {find} read {read} lr {lr:g} seed {seed}"
+
+
+def rows_of(phase: str, arm: str) -> list[str]:
+    return [name_of(job) for job in jobs(phase) if job[1] == arm]
 
 
 def cold_folder(cold: tuple) -> Path:
@@ -282,23 +286,24 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(record: dict) -> None:
     """`arms` from the rows, the table and the figure."""
-    keys = ("unaided", "assisted", "faithful", "cue", "relation", "reading", "intervention_first",
-            "intervention_last", "fix", "tokens", "prompt_tokens", "steps", "seconds")
-    record["arms"], lines = {}, [
-        "| arm | seeds | unaided | cites the moment, of those right | assisted | interventions, "
-        "first and last third | steps | prompt tokens, M |", "|---|---|---|---|---|---|---|---|"]
+    keys = ("unaided assisted faithful cue relation reading intervention_first intervention_last "
+            "fix tokens prompt_tokens steps seconds").split()
+    columns = ("arm | seeds | right unaided | of those cite the moment | right assisted | "
+               "interventions, first → last third | fix | steps | prompt tokens, M")
+    lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
+    record["arms"] = {}
     for arm in ARMS:
-        rows = [record["rows"][n] for job in jobs("arms") if job[1] == arm
-                for n in [name_of(job)] if n in record["rows"]]
+        rows = [record["rows"][n] for n in rows_of("arms", arm) if n in record["rows"]]
         if not rows:
             continue
         found = record["arms"][arm] = {key: [row[key] for row in rows] for key in keys}
         mean = {key: statistics.mean(values) for key, values in found.items()}
-        cites = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
-        lines.append(
-            f"| {arm} | {len(rows)} | " + "{:.3f} ± {:.3f}".format(*interval(found["unaided"])) +
-            f" | {cites:.3f} | {mean['assisted']:.3f} | {mean['intervention_first']:.3f} → "
-            f"{mean['intervention_last']:.3f} | {mean['steps']:.0f} | {mean['prompt_tokens'] / 1e6:.2f} |")
+        mean["middle"], mean["half"] = interval(found["unaided"])
+        mean["cites"] = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
+        lines.append(f"| {arm} | {len(rows)} | " + (
+            "{middle:.3f} ± {half:.3f} | {cites:.3f} | {assisted:.3f} | {intervention_first:.3f} → "
+            "{intervention_last:.3f} | {fix:.3f} | {steps:.0f} | {millions:.2f} |").format(
+                **mean, millions=mean["prompt_tokens"] / 1e6))
     assets = ROOT / "assets" if BUDGET > 10**5 else work()
     (assets / "learning.json").write_text(json.dumps(record, indent=0) + "\n")
     (assets / "learning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -310,46 +315,46 @@ def report(record: dict) -> None:
 
 
 def draw(record: dict, file: Path) -> None:
-    """Curves of the main arms with 95 % bands, the skills behind them, and the dial."""
+    """What the main arms learn over their budget, with 95 % bands, and the dial."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    looks = dict(zip(("FFR", "GRPO", "reward only", "random patch"), (
-        ("black", "-", "o"), ("0.35", "--", "s"), ("0.55", ":", "^"), ("0.7", "-.", "v"))))
-
-    def curves(axis, arm: str, key: str, look: tuple, label: str) -> None:
-        rows = [record["rows"][name_of(j)] for j in jobs("arms")
-                if j[1] == arm and name_of(j) in record["rows"]]
-        points = list(zip(*(row["curve"] for row in rows)))  # the same share of the budget
-        x = [statistics.mean(p["tokens"] for p in point) / 1000 for point in points]
-        y = [interval([p[key] for p in point]) for point in points]
-        colour, line, mark = look
-        axis.plot(x, [m for m, _ in y], line, color=colour, marker=mark, markersize=4, label=label)
-        axis.fill_between(x, [m - h for m, h in y], [m + h for m, h in y], color=colour, alpha=0.15, lw=0)
-
-    for arm, look in looks.items():
-        if arm in record["arms"]:
-            curves(axes[0], arm, "unaided", look, f"{arm} ({len(record['arms'][arm]['unaided'])} seeds)")
-    axes[0].set_ylabel(f"right unaided, of {VIDEOS['held_out'][0]} held-out videos")
-    for arm, line in (("FFR", "-"), ("GRPO", "--")):
-        for key, grey, mark in (("cue", "black", "o"), ("relation", "0.4", "s"), ("reading", "0.65", "^")):
-            if arm in record["arms"]:
-                curves(axes[1], arm, key, (grey, line, mark), f"{arm}: {key}")
-    axes[1].set_ylabel("share of rationales with this step right")
-    for axis in axes[:2]:
-        axis.set(xlabel="tokens sampled by the student, thousands", ylim=(0, 1.02))
-        axis.legend(fontsize=7, frameon=False)
-    gains = [[None if None in (a, b) else a["unaided"] - b["unaided"] for a, b in row] for row in [
-        [[record["rows"].get(name_of(("dial", arm, DIAL_SEED, (f, r), LR[arm])))
-          for arm in ("FFR", "GRPO")] for r in DIAL[1]] for f in DIAL[0]]]
-    axes[2].imshow([[0 if g is None else g for g in row] for row in gains], cmap="Greys", vmin=-1, vmax=1)
-    for i, row in enumerate(gains):
-        for j, gain in enumerate(row):
-            axes[2].text(j, i, "not run" if gain is None else f"{gain:+.2f}", ha="center", va="center")
-    axes[2].set(xticks=range(3), xticklabels=DIAL[1], yticks=range(3), yticklabels=DIAL[0],
-                xlabel="p_read: relation known beyond chance", ylabel="p_find: cue known beyond chance",
-                title="FFR − GRPO, unaided, one seed")
-    figure.savefig(file, dpi=110)
+    figure, ((first, second, dial), skill) = pyplot.subplots(2, 3, figsize=(13, 8))
+    panels = dict(zip((first, second, *skill), (
+        ("unaided", "right"), ("faithful", "right, and the right moment is cited"),
+        ("cue", "cue: the flash is found"), ("relation", "relation: from there to the moment"),
+        ("reading", "reading: the colours at the moment cited"))))
+    looks = {"FFR": ("black", "-", "o"), "GRPO": ("0.3", "--", "s"),
+             "reward only": ("0.5", ":", "^"), "random patch": ("0.65", "-.", "v")}
+    for arm in [arm for arm in looks if arm in record["arms"]]:
+        rows = [record["rows"][n] for n in rows_of("arms", arm) if n in record["rows"]]
+        points = list(zip(*(row["curve"] for row in rows)))  # at the same share of the budget
+        colour, line, mark = looks[arm]
+        for axis, (key, title) in panels.items():
+            x = [statistics.mean(p["tokens"] for p in point) / 1000 for point in points]
+            y = [interval([p[key] for p in point]) for point in points]
+            axis.plot(x, [m for m, _ in y], line, color=colour, marker=mark, markersize=4,
+                      label=f"{arm}, {len(rows)} seeds")
+            axis.fill_between(x, [m - h for m, h in y], [m + h for m, h in y], color=colour,
+                              alpha=0.15, linewidth=0)
+            axis.set(title=title, ylim=(0, 1.02), xlabel="tokens sampled by the student, thousands",
+                     ylabel=f"share of {VIDEOS['held_out'][0]} held-out videos")
+    first.legend(frameon=False, handlelength=4, loc="upper left")
+    (finds, reads), shown = DIAL, {}
+    for place in product(range(len(finds)), range(len(reads))):
+        cold = finds[place[0]], reads[place[1]]
+        pair = [record["rows"].get(name_of(("dial", arm, DIAL_SEED, cold, LR[arm])))
+                for arm in ("FFR", "GRPO")]
+        shown[place] = None if None in pair else pair[0]["unaided"] - pair[1]["unaided"]
+    dial.imshow([[shown[i, j] or 0.0 for j in range(len(reads))] for i in range(len(finds))],
+                cmap="Greys", vmin=-1, vmax=1.5)
+    for (i, j), gain in shown.items():
+        dial.text(j, i, "not run" if gain is None else f"{gain:+.2f}", ha="center", va="center")
+    dial.set(title="FFR − GRPO, right unaided, one seed",
+             xticks=range(len(reads)), xticklabels=reads, yticks=range(len(finds)),
+             yticklabels=finds, xlabel="p_read: relation known beyond chance",
+             ylabel="p_find: cue known beyond chance")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -368,8 +373,10 @@ def main() -> None:
         VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (64, 3)}
     file = (ROOT / "assets" if not given.quick else work()) / "learning.json"
     record = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
-    settings = {"budget": BUDGET, "videos": VIDEOS, "cold": COLD, "questions": QUESTIONS, "cpu": "1 thread a run, 2 runs at a time"}
-    if json.loads(json.dumps(settings)) != record.setdefault("settings", json.loads(json.dumps(settings))):
+    settings = {"budget": BUDGET, "videos": VIDEOS, "cold": COLD, "questions": QUESTIONS,
+                "machine": "one thread a run, two runs at a time on two cores"}
+    settings = json.loads(json.dumps(settings))
+    if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{file} holds rows of other settings: remove it to begin again")
     every = {name_of(job): job for phase in ("grid", "arms", "dial") for job in jobs(phase)}
     if given.quick:
@@ -379,8 +386,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if given.job:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        row = learn(every[given.job]) | {"commit": head.stdout.strip()}
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
+        row = learn(every[given.job]) | {"commit": head.stdout.decode().strip()}
         (work() / "rows" / f"{given.job}.json").write_text(json.dumps(row))
         return
     record["rows"] |= {n: json.loads(f.read_text()) for n in every if n not in record["rows"]
@@ -404,7 +411,7 @@ def main() -> None:
             print(f"{name}: failed, see {log}")
             return
         row = json.loads((work() / "rows" / f"{name}.json").read_text())
-        print(f"{name}: unaided {row['unaided']:.3f}, {row['steps']} steps, {row['seconds']} s", flush=True)
+        print(f"{name}: unaided {row['unaided']:.3f}, {row['seconds']} s", flush=True)
         if given.arm:
             before = record["rows"].get(name, {})
             differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]

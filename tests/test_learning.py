@@ -1,0 +1,106 @@
+"""The learning bench: its arms differ from FFR in what they say, its figures are what it says."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import bench_learning as bench
+import pytest
+from conftest import ROOT
+
+import data
+import ffr
+import teacher
+from reward import Score
+
+RIGHT, WRONG = Score(1.0, 1.0, True), Score(0.0, 1.0, False)
+
+
+def repaired(score: Score, reward: float) -> ffr.Rollout:
+    failed = ffr.Rollout({}, "failed tokens", "", WRONG)
+    return ffr.Rollout({}, "repaired tokens", "", score, reward, failed=failed)
+
+
+def test_reward_only_trains_the_failed_tokens_with_the_repaired_reward():
+    r = repaired(RIGHT, 1.7)
+    trained = bench.choose("reward only", r)
+    assert (trained.completion, trained.reward) == ("failed tokens", 1.7)
+    assert bench.choose("FFR", r) is r
+
+
+@pytest.mark.parametrize("score, reward, tokens, expected", [
+    (RIGHT, 1.7, "repaired tokens", 1.7),  # R + R_fmt - kappa is above the failed answer's 0 + 1
+    (WRONG, 0.7, "failed tokens", 1.0),
+    (RIGHT, 1.0, "failed tokens", 1.0),  # kappa 1: equal, so the unaided one
+])
+def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(score, reward, tokens, expected):
+    trained = bench.choose("best of", repaired(score, reward))
+    assert (trained.completion, trained.reward) == (tokens, expected)
+
+
+def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, teach):
+    video, rng = data.Video(samples[0].path), random.Random(0)
+    case = teacher.Case("x", "q", [], "red blue", "", video)
+    region = teacher.Region(4, (0.1, 0.2, 0.4, 0.6), "a square")
+    patch = teacher.EvidencePatch("spatial", "look", [4, 5], [(4, 5)], [region])
+    for _ in range(50):
+        other = bench.change("random patch", patch, case, rng)
+        (a, b), (moved,) = other.spans[0], other.regions
+        assert b - a == 1 and a % 2 == 0 and a != 4 and other.key_frames == [a, b]
+        x1, y1, x2, y2 = moved.box
+        assert (x2 - x1, y2 - y1) == pytest.approx((0.3, 0.4)) and 0 <= min(x1, y1) < max(x2, y2) <= 1
+        assert moved.frame == a and (other.guidance, moved.what) == ("look", "a square")
+    assert bench.change("FFR", patch, case, rng) is patch
+    assert bench.change("leaking teacher", patch, case, rng) == replace(patch, guidance="red blue")
+    error = teacher.TeacherError("timeout")
+    assert bench.change("leaking teacher", error, case, rng) is error
+
+
+def test_skills_name_the_step_of_a_rationale_that_failed(samples):
+    truth = samples[0].truth
+    cue, look = truth["cue"], truth["look"]
+    right = data.needle_rationale(truth, cue, look)
+    assert all(bench.skills(samples[0], right).values())
+    later = bench.skills(samples[0], data.needle_rationale(truth, (cue + 1) % 8, (look + 1) % 8))
+    assert later == {"cue": False, "relation": True, "reading": True, "cites": False}
+    there = bench.skills(samples[0], data.needle_rationale(truth, cue, 7 - look))
+    assert there == {"cue": True, "relation": False, "reading": True, "cites": False}
+    misread = bench.skills(samples[0], right.replace("<answer> ", "<answer> not "))
+    assert misread == {"cue": True, "relation": True, "reading": False, "cites": True}
+    assert not any(bench.skills(samples[0], "<answer> red blue </answer>").values())
+
+
+def test_interval_is_student_s():
+    # 1, 2, 3: s = 1, t(2 degrees of freedom, 0.975) = 4.303, half = 4.303 / sqrt(3)
+    assert bench.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.4843), abs=1e-4)
+
+
+def test_record_table_and_readme_agree():
+    record = json.loads((ROOT / "assets" / "learning.json").read_text())
+    table = (ROOT / "assets" / "learning.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.strip() in readme
+    for job in bench.jobs("arms"):
+        name, arm = bench.name_of(job), job[1]
+        if name in record["rows"]:
+            assert record["rows"][name]["unaided"] in record["arms"][arm]["unaided"]
+    for arm, found in record["arms"].items():
+        mean, half = bench.interval(found["unaided"])
+        assert f"| {arm} | {len(found['unaided'])} | {mean:.3f} ± {half:.3f} |" in table
+        assert all(bench.BUDGET <= n < bench.BUDGET * 1.01 for n in found["tokens"])
+
+
+@pytest.mark.slow
+def test_a_row_is_the_same_when_it_is_run_again():
+    def row():
+        command = [sys.executable, str(ROOT / "tests/bench_learning.py"), "--quick", "--arm", "FFR"]
+        subprocess.run(command, check=True, capture_output=True)
+        (file,) = (ROOT / "runs/learning/quick/rows").glob("arms FFR*.json")
+        found = json.loads(file.read_text())
+        file.unlink()
+        return {key: value for key, value in found.items() if key != "seconds"}
+
+    first = row()
+    assert first["tokens"] >= 12_000 and len(first["curve"]) == 3 and first == row()
