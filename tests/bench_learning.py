@@ -3,10 +3,10 @@ not in `assets/learning.json` yet, two runs at a time, and writes that file, `as
 (the table) and, with matplotlib, `assets/learning.png`.
 
 Every run goes through `train.train` from the same cold start until it has *sampled* BUDGET tokens,
-failed and repaired answers alike, and is then asked HELD_OUT videos it has not seen, greedily. The
+failed and repaired answers alike, and is then asked about videos it has not seen, greedily. The
 learning rate falls by a cosine of the tokens spent. One thread a run.
 
-    --quick               all of this in small, in five minutes, under runs/learning/quick
+    --quick               every arm in small, one seed each, under runs/learning/quick
     --phase grid          only the learning rates, or arms, or dial
     --arm FFR --seed 0    run one again, and compare it with the recorded row
     --report              write table and figure again
@@ -358,7 +358,7 @@ def draw(record: dict, file: Path) -> None:
 
 
 def main() -> None:
-    global BUDGET, VIDEOS, POINTS, MAIN, MORE
+    global BUDGET, VIDEOS, POINTS
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--phase", choices=("grid", "arms", "dial"))
