@@ -48,7 +48,7 @@ COLD = (0.0, 0.1)  # p_find, p_read: how often the lessons are right beyond chan
 QUESTIONS, POINTS = 4, 8  # questions a step; evaluations on the way
 GRID = (4e-5, 8e-5, 1.5e-4, 3e-4, 6e-4)  # learning rates, tried on the seeds
 GRID_SEEDS = (100, 101)
-LR = {"GRPO": 8e-5, "FFR": 3e-4}  # the best of the grid; all other arms take FFR's
+LR = {"GRPO": 8e-5, "FFR": 3e-4}  # the best of the grid; the other arms take FFR's
 DIAL = ((0.0, 0.05, 0.2), (0.1, 0.4, 0.7))  # p_find, p_read
 DIAL_SEED = 50
 MAIN, MORE = (0, 1, 2, 3, 4), (0, 1, 2)  # seeds
@@ -57,6 +57,7 @@ ARMS = {  # seeds, and what differs from FFR
     "FFR": (MAIN, {}),
     "reward only": (MAIN, {}),  # the released code: the repaired reward on the failed tokens
     "random patch": (MAIN, {}),  # of the same size, at another moment and place
+    "reward only, slower": (MORE, {"learning_rate": LR["GRPO"]}),  # at GRPO's rate
     "text-only patch": (MORE, {"patch_pictures": False}),
     "leaking teacher": (MORE, {}),  # its guidance is the answer; no gate
     "imitation": (MORE, {}),  # supervised, on the teacher's own answers
@@ -86,8 +87,8 @@ def jobs(phase: str) -> list[tuple]:
         return [("grid", arm, seed, COLD, lr) for seed in GRID_SEEDS for lr in GRID for arm in LR]
     if phase == "dial":
         return [("dial", arm, DIAL_SEED, cold, LR[arm]) for cold in product(*DIAL) for arm in LR]
-    todo = [("arms", arm, seed, COLD, LR.get(arm, LR["FFR"]))
-            for arm, (seeds, _) in ARMS.items() for seed in seeds]
+    todo = [("arms", arm, seed, COLD, changes.get("learning_rate", LR.get(arm, LR["FFR"])))
+            for arm, (seeds, changes) in ARMS.items() for seed in seeds]
     return sorted(todo, key=lambda job: (ARMS[job[1]][0] == MORE, job[2]))  # main arms first
 
 
@@ -170,7 +171,7 @@ def change(arm: str, patch, case, rng: random.Random):
 
 def choose(arm: str, r: ffr.Rollout) -> ffr.Rollout:
     """The rollout that this arm trains in place of the chosen one."""
-    if r.failed and arm == "reward only":
+    if r.failed and arm.startswith("reward only"):
         return replace(r.failed, reward=r.reward)
     plain = r.first.score.accuracy + r.first.score.format
     if r.failed and arm == "best of" and plain >= r.reward:
