@@ -96,7 +96,7 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         prompts, ids = zip(*rng.sample(pairs, 32))
-        logps, _, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
+        logps, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
         (-(logps * mask).sum() / mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
