@@ -91,9 +91,9 @@ PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids",
 def with_positions(model, inputs: dict) -> dict:
     """A conversation's inputs and where its tokens stand, so that parts can be computed apart:
     `position_ids` (1, L), or (3, 1, L) of time, height and width. `model` is unwrapped."""
-    ids, index = inputs["input_ids"], getattr(model.model, "get_rope_index", None)
+    index, mask = getattr(model.model, "get_rope_index", None), inputs["attention_mask"]
     if index is None:
-        return inputs | {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+        return inputs | {"position_ids": mask.cumsum(1) - 1}
     positions, of_video = index(**inputs)[0], inputs["mm_token_type_ids"][0] == 2
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         # Text after a video starts at the largest position so far + 1: so the weights were trained.
@@ -272,8 +272,8 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
     flat = torch.cat([checkpoint(_chosen_logps, *part, sampling, use_reentrant=False)
                       for part in zip(logits.split(CHUNK), tokens.split(CHUNK))])
     logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
-    logps = pad_sequence([logps[i] for i in range(len(ids))], batch_first=True)
-    return logps, pad_sequence([torch.ones(len(row)) for row in ids], True).to(logps)
+    mask = pad_sequence([torch.ones_like(logps[i]) for i in range(len(ids))], True)
+    return pad_sequence([logps[i] for i in range(len(ids))], True), mask
 
 
 def _chosen_logps(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
@@ -317,28 +317,26 @@ class Row(NamedTuple):
     weight: float = 1.0
 
 
-def update(accelerator, model, reference, optimizer, rows: list[Row], total_tokens: float,
+def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: float,
            sampling: Sampling, epsilon=0.2, beta=0.04, num_updates=1, max_grad_norm=5.0, at_once=0,
            stand_in: dict | None = None) -> dict[str, float]:
     """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
-    `model` and `optimizer` are the accelerator's. `total_tokens` counts the tokens of weight 1 on
-    all processes. `at_once`: rollouts in one forward and backward, 0 for all; their gradients add
-    up. `stand_in` (sharded parameters): a prompt of every modality, added with weight 0, so that
-    ranks make equal calls. Returns this process's parts, to be summed, of `loss` and the token
-    means `kl`, `clipped`; `grad_norm`; and `logp_gap`, the most that log-probs sampled and scored
-    differ."""
+    `model` and `optimizer` are the accelerator's. `tokens`: how many of weight 1 there are on all
+    processes. `at_once`: rollouts in a forward and backward, 0 for all; their gradients add up.
+    `stand_in` (sharded parameters): a prompt of every modality, added with weight 0, so that ranks
+    make equal calls. Returns this process's parts, to be summed, of `loss` and the token means
+    `kl`, `clipped`; `grad_norm`; and `logp_gap`, how far log-probs sampled and scored differ."""
     # Where A_i = 0 and β = 0 there is no gradient; every process leaves out as many rows.
     rows = sorted(rows, key=lambda row: row.advantage == 0)
     idle = sum(row.advantage == 0 and beta == 0 for row in rows)
     rows = rows[: max(1, len(rows) - min(gather_object([idle])))]
     size, old, ref = at_once or len(rows), {}, {}
+    extra = [Row(stand_in, stand_in, replace(c, ids=c.ids[:1]), 0.0, 0.0)
+             for c in [rows[0].completion] if stand_in is not None]
     for _ in range(num_updates):
         figures = Counter()
         for k in range(0, len(rows), size):
-            own = rows[k : k + size]
-            short = replace(own[0].completion, ids=own[0].completion.ids[:1])
-            part = own + [Row(stand_in, stand_in, short, 0.0, 0.0)] * (stand_in is not None)
-            trunks, prompts, completions, advantages, weights = zip(*part)
+            trunks, prompts, completions, advantages, weights = zip(*rows[k : k + size], *extra)
             ids = [completion.ids for completion in completions]
             with accelerator.autocast():
                 logps, mask = token_logps(model, prompts, ids, sampling, trunks)  # (B, T)
@@ -348,13 +346,12 @@ def update(accelerator, model, reference, optimizer, rows: list[Row], total_toke
                 with torch.no_grad(), accelerator.autocast():
                     ref[k] = token_logps(reference, prompts, ids, sampling, trunks)[0]
             old.setdefault(k, now)
-            loss = grpo_loss(logps, old[k], ref.get(k), advantages, mask, total_tokens, epsilon,
-                             beta)
+            loss = grpo_loss(logps, old[k], ref.get(k), advantages, mask, tokens, epsilon, beta)
             # Parts over the global token count are to be summed; DDP averages over processes.
             accelerator.backward(loss * accelerator.num_processes)
             d, ratio = ref.get(k, now) - now, (now - old[k]).exp()
             means = {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
-            figures.update({name: ((value * mask).sum() / total_tokens).item()
+            figures.update({name: ((value * mask).sum() / tokens).item()
                             for name, value in means.items()} | {"loss": loss.item()})
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()

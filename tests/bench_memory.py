@@ -2,11 +2,11 @@
 on tiny models, fitted by a formula, and computed from it for a 7B. `python tests/bench_memory.py`
 
     update      4P (weights) + 4P (gradients) + 8P (Adam) + 4P (π_ref, β > 0) + 2P (bf16 copies)
-                + a · G(L + C) · layers · width + v · G · patches · depth · width_v + c · G · C · V
-    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · G(L + C) · layers · 2 · kv_width
+                + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
+    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · (G(L + C) + L) · layers · 2 · kv_width
                 + d · G(L + C) · width + e · patches · width_v + f · G · V
 
-P parameters, L prompt tokens, C completion tokens, V vocabulary. Bytes are those of live tensors:
+P parameters, L prompt tokens, C completion tokens, V vocabulary, g rollouts at once, N = L + g · C. Bytes are those of live tensors:
 no allocator's rounding, no fragmentation, no kernels' workspaces.
 """
 

@@ -63,6 +63,42 @@ def test_mixed_batch_is_as_one_by_one(rows):
         assert torch.allclose(row, batch[k], atol=1e-4)
 
 
+def test_reading_on_from_the_question_is_as_reading_it_all(rows, monkeypatch):
+    """Patched prompts of two lengths go on from the questions' cache, in their own order."""
+    student, (first, patched, second), _ = rows
+    more = [patched, dict(patched)]
+    seen = grpo.prefill(student.model, [second, first, first], student.sampling)
+    alone = grpo.prefill(student.model, more, student.sampling)
+    forward, read = type(student.model).forward, []
+    monkeypatch.setattr(student.model, "forward", lambda **inputs: read.append(
+        inputs["input_ids"].shape[1]) or forward(student.model, **inputs))
+    again = grpo.prefill(student.model, more, student.sampling, seen, [first, first])
+    assert torch.allclose(alone.logits, again.logits, atol=1e-4)
+    assert read[0] < patched["input_ids"].shape[1] - first["input_ids"].shape[1] // 2
+    a, b = (grpo.generate(student.model, x, [5, 6], student.sampling) for x in (alone, again))
+    for one, other in zip(a, b):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert torch.allclose(one.logps, other.logps, atol=1e-4)
+
+
+def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows, monkeypatch):
+    """Log-probs and gradients with the video once for all, and with it for each."""
+    student, (first, patched, second), (a, b, c) = rows
+    prompts, done = [first, patched, second, first, patched], [a, b, c, b, c]
+    trunks, ids = [first, first, second, first, first], [x.ids for x in done]
+    found, weight = [], torch.arange(1.0, 6.0)[:, None]
+    for shared in (True, False):
+        monkeypatch.setattr(grpo, "can_share", lambda model: shared)
+        logps, mask = grpo.token_logps(student.model, prompts, ids, student.sampling, trunks)
+        (logps * mask * weight).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+        student.model.zero_grad()
+        found.append((logps, gradient))
+    (logps, gradient), (own_logps, own_gradient) = found
+    assert torch.allclose(logps, own_logps, atol=1e-4)
+    assert (gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
+
+
 def test_pixels_of_video_and_patch_matter(rows):
     """Were they not looked at, the equalities above would hold all the same."""
     student, prompts, completions = rows

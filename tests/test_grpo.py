@@ -164,7 +164,8 @@ def test_logps_change_when_the_pixels_change(student, questions):
     assert (seen - unseen).abs().max() > 1e-3
 
 
-def gradients(student, accelerator, prompts, completions, advantages, weights, **kwargs):
+def gradients(student, accelerator, prompts, completions, advantages, weights, reference=None,
+              beta=0.0, **kwargs):
     """The gradient that `update` steps along, as one vector."""
 
     class Keep:
@@ -177,9 +178,9 @@ def gradients(student, accelerator, prompts, completions, advantages, weights, *
     keep = Keep()
     tokens = sum(len(c.ids) * w for c, w in zip(completions, weights))
     figures = grpo.update(
-        accelerator, student.model, None, keep,
+        accelerator, student.model, reference, keep,
         [*map(grpo.Row, prompts, prompts, completions, advantages, weights)], tokens,
-        student.sampling, beta=0.0, max_grad_norm=1e9, **kwargs,
+        student.sampling, beta=beta, max_grad_norm=1e9, **kwargs,
     )
     return torch.cat(keep.grads), figures
 
@@ -215,6 +216,33 @@ def test_stand_in_row_changes_no_gradient(student, questions, accelerator):
     plain, _ = gradients(student, accelerator, *rows)
     padded, _ = gradients(student, accelerator, *rows, stand_in=ffr.stand_in(student, questions[0]))
     assert (plain - padded).norm() / plain.norm() < 1e-5
+
+
+def test_micro_batches_add_up_to_the_same_gradient(student, questions, accelerator):
+    prompts = mixed_prompts(student, questions)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    rows = (prompts, done, [0.5, -1.0, 2.0, 1.0], [1.0] * 4)
+    whole, figures = gradients(student, accelerator, *rows)
+    for size in (1, 3):
+        parts, others = gradients(student, accelerator, *rows, at_once=size)
+        assert (whole - parts).norm() / whole.norm() < 1e-5
+        assert others["loss"] == pytest.approx(figures["loss"], abs=1e-6)
+
+
+def test_rollouts_without_advantage_cost_nothing_and_change_nothing(
+    student, questions, accelerator, monkeypatch
+):
+    prompts = mixed_prompts(student, questions)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    rows = (prompts, done, [0.5, 0.0, -1.0, 0.0], [1.0] * 4)
+    score, scored = grpo.token_logps, []
+    monkeypatch.setattr(grpo, "token_logps", lambda *a: scored.append(len(a[1])) or score(*a))
+    left, _ = gradients(student, accelerator, *rows)
+    # A β whose gradient vanishes in fp32 keeps them all.
+    kept, _ = gradients(student, accelerator, *rows, beta=1e-30, reference=student.model)
+    assert scored == [2, 4, 4] and (left - kept).norm() / kept.norm() < 1e-5
+    none, figures = gradients(student, accelerator, prompts, done, [0.0] * 4, [1.0] * 4)
+    assert none.abs().max() == 0 and figures["loss"] == 0
 
 
 def test_second_update_is_clipped_against_the_first_policy(student, questions, accelerator):
