@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
 from data import Sample, Video, fit
-from grpo import Completion, Sampling, generate
+from grpo import Completion, Sampling, generate, prefill, with_positions
 from reward import Score, alignment, asks_for, leak, robust_improvement_reward, score
 from teacher import Case, EvidencePatch, TeacherError
 
@@ -167,7 +167,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     if length > most:
         raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
                          f"limit of {most}; raise --max_prompt_length or lower --num_frames")
-    return dict(inputs.to(student.model.device))
+    return with_positions(student.model, dict(inputs.to(student.model.device)))
 
 
 # --- the round: Find → Fix → Reason ---
@@ -180,7 +180,8 @@ def find_fix_reason(student: Student, questions: list[Question], num_rollouts: i
     # τ_i ~ π_old(· | x), i = 1 … G
     asked = [question for question in questions for _ in range(num_rollouts)]
     seeds = [_seed(seed, q.sample.id, k % num_rollouts, "first") for k, q in enumerate(asked)]
-    answers = generate(model, [q.prompt for q in questions], seeds, sampling, num_rollouts, synced)
+    read = prefill(model, [q.prompt for q in asked], sampling)
+    answers = generate(model, read, seeds, sampling, synced)
     chosen = [judge(student, q, q.prompt, answer) for q, answer in zip(asked, answers)]
     # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
     wrong = [k for k, q in enumerate(asked) if teacher and q.counts and not chosen[k].score.correct]
@@ -191,17 +192,19 @@ def find_fix_reason(student: Student, questions: list[Question], num_rollouts: i
         if isinstance(verdict, TeacherError):  # τ_i stays, with its plain reward, untaxed
             chosen[k].error = verdict
             continue
-        key = (id(asked[k]), repr(verdict))  # equal patches share a prompt
+        key = (k // num_rollouts, repr(verdict))  # equal patches share a prompt
         try:
             encoded[key] = encoded.get(key) or encode(student, asked[k], verdict)
             repairs.append((k, verdict, encoded[key]))
         except ValueError as error:  # over the prompt limit, or a frame that does not decode
             chosen[k].error = TeacherError("prompt", str(error))
     seeds = [_seed(seed, asked[k].sample.id, k % num_rollouts, "again") for k, *_ in repairs]
-    patched = [prompt for *_, prompt in repairs]
+    patched, trunks = [x for *_, x in repairs], [asked[k].prompt for k, *_ in repairs]
     if synced and teacher:
         patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
-    again = generate(model, patched, seeds, sampling, 1, synced) if patched else []
+        trunks.append(questions[0].prompt)
+    again = patched and generate(
+        model, prefill(model, patched, sampling, read, trunks), seeds, sampling, synced)
     # τ̂_i = τ_i if z_i = 1 else τ*_i
     for (k, patch, prompt), completion in zip(repairs, again):
         repaired = judge(student, asked[k], prompt, completion)
@@ -252,7 +255,8 @@ def describe(question: Question, r: Rollout) -> dict:
     frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
     return {"failure": not r.first.score.correct, "intervention": r.failed is not None,
             "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
-            "length": len(r.completion.ids), "fix": r.score.correct, "align": r.align,
+            "length": len(r.completion.ids), "entropy": float(r.completion.entropy.sum()),
+            "fix": r.score.correct, "align": r.align,
             "cause": r.error and r.error.cause, "patch_frames": len(frames),
             "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
             "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x)}
@@ -265,6 +269,8 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
              "fix align patch_frames patch_seconds": repaired}
     metrics = {name: sum(row[name] for row in among) / max(len(among), 1)
                for names, among in means.items() for name in names.split()}
+    tokens = max(sum(row["length"] for row in rows), 1)
+    metrics["entropy"] = sum(row["entropy"] for row in rows) / tokens
     metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
     for name in updates[0]:
         join = max if name in "logp_gap grad_norm seconds_round seconds_update".split() else sum

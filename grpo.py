@@ -8,14 +8,21 @@ Sources: GRPO (DeepSeekMath), FFR eq. J(θ), Dr. GRPO. A prompt is the dict of t
 returns for one conversation, some (1, L), others (pixels, grids) with their own rows. No sibling.
 """
 
+import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -35,8 +42,6 @@ def load_policy(name: str, attention="", checkpointing=False, freeze_vision=Fals
                          "would be 0 for ever; take that out of the template")
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         name, dtype=torch.float32, attn_implementation=attention or None)
-    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        restore_positions(model.model)
     vision = model.get_encoder("video")
     if freeze_vision and vision is model:
         raise ValueError(f"{name}: no vision tower is found in it; train it without freezing")
@@ -44,22 +49,6 @@ def load_policy(name: str, attention="", checkpointing=False, freeze_vision=Fals
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model, processor
-
-
-def restore_positions(backbone) -> None:
-    """Text after a video starts at the largest position so far + 1: with that Qwen2-VL's and
-    Qwen2.5-VL's weights were trained. From 5.3 on, transformers starts it where the frame's height
-    and width end, inside the video's time. Where both agree, nothing changes."""
-    rope_index = backbone.get_rope_index
-    def get_rope_index(input_ids, mm_token_type_ids, *args, **kwargs):
-        positions, deltas = rope_index(input_ids, mm_token_type_ids, *args, **kwargs)
-        for row, kind, delta in zip(positions.unbind(1), mm_token_type_ids == 2, deltas):
-            largest = row.max()  # row: (3, L), time, height and width; kind: is it of a video
-            for after in (kind[:-1] & ~kind[1:]).nonzero()[:, 0] + 1:
-                row[:, after:] += row[:, :after].max() + 1 - row[0, after]
-            delta += row.max() - largest  # what `generate` continues from
-        return positions, deltas
-    backbone.get_rope_index = get_rope_index
 
 
 @dataclass
@@ -86,21 +75,86 @@ def sampling_for(model, processor, temperature: float, top_p: float, max_tokens:
 
 @dataclass
 class Completion:
-    """Sampled tokens (T,), their log-probs (T,) as sampled, and whether an EOS ended them."""
+    """Sampled tokens, their log-probs and the entropy of π before each, all (T,), as sampled, and
+    whether an EOS ended them."""
     ids: Tensor
     logps: Tensor
+    entropy: Tensor
     finished: bool
 
 
-def stack_prompts(prompts: list[dict], pad_id: int) -> dict:
-    """One-row prompts, patched and not, as a batch: (1, L) left-padded to (B, L), others joined."""
-    longest, batch = max(p["input_ids"].shape[1] for p in prompts), {}
-    for key in dict.fromkeys(key for p in prompts for key in p):
-        rows, fill = [], pad_id if key == "input_ids" else 0
-        for value, ids in ((p[key], p["input_ids"]) for p in prompts if key in p):
-            left = (longest - ids.shape[1], 0) if value.shape == ids.shape else (0, 0)
-            rows.append(torch.nn.functional.pad(value, left, value=fill))
-        batch[key] = torch.cat(rows)
+# --- prompts: the same video is read once ---
+CHUNK = 1024  # tokens whose fp32 logits are held at once
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "branch", "kept")
+
+
+def with_positions(model, inputs: dict) -> dict:
+    """A conversation's inputs and where its tokens stand, so that parts can be computed apart:
+    `position_ids` (1, L), or (3, 1, L) of time, height and width. `model` is unwrapped."""
+    index, mask = getattr(model.model, "get_rope_index", None), inputs["attention_mask"]
+    if index is None:
+        return inputs | {"position_ids": mask.cumsum(1) - 1}
+    positions, of_video = index(**inputs)[0], inputs["mm_token_type_ids"][0] == 2
+    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        # Text after a video starts at the largest position so far + 1: so the weights were trained.
+        # From 5.3 on, transformers starts it where the frame's height and width end, inside the
+        # video's time. Where both agree, nothing changes.
+        for after in (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1:
+            positions[..., after:] += positions[..., :after].max() + 1 - positions[0, 0, after]
+    return inputs | {"position_ids": positions}
+
+
+def can_share(model) -> bool:
+    """Can what prompts begin with be computed once for all? Where every layer attends to all that
+    came before, by a kernel that takes any mask."""
+    text = getattr(model, "module", model).config.get_text_config()
+    layers = {*(getattr(text, "layer_types", None) or ["full_attention"])}
+    return text._attn_implementation == "sdpa" and layers == {"full_attention"}
+
+
+def common(*prompts: dict) -> int:
+    """How many tokens all begin with, less the last one of each."""
+    return len(os.path.commonprefix([p["input_ids"][0, :-1].tolist() for p in prompts]))
+
+
+def rest(prompt: dict, trunk: dict, n: int) -> dict:
+    """What a prompt has after its first n tokens; all of `trunk`'s videos stand in these."""
+    parts = {key: value[..., n:] if key in PER_TOKEN else value[len(trunk.get(key, ())) :]
+             for key, value in prompt.items()}
+    return {key: value for key, value in parts.items() if value.numel()}
+
+
+def pack(trunk: dict, prompts: list[dict], ids: list[Tensor]) -> dict:
+    """A row (1, N) of several rollouts: what their prompts and `trunk` begin with, once, then a
+    branch for each: the rest of its prompt, and its completion. `branch`: 1 in the trunk, 2 and
+    more in the branches; `kept`: where the next token is a completion's."""
+    n = common(trunk, *prompts)
+    row = {key: value[..., :n] if key in PER_TOKEN else value for key, value in trunk.items()}
+    row |= {key: torch.full_like(row["input_ids"], key == "branch") for key in ("branch", "kept")}
+    parts = [row]
+    for number, (prompt, tail) in enumerate(zip(prompts, ids), 2):
+        part, t = rest(prompt, trunk, n), len(tail)
+        for key in part.keys() & {*PER_TOKEN}:
+            part[key] = pad(part[key], (0, t))
+        part["input_ids"][:, -t:] = tail
+        part["position_ids"][..., -t:] = part["position_ids"][..., [-t - 1]]
+        part["position_ids"][..., -t:] += torch.arange(1, t + 1, device=tail.device)
+        part |= {"branch": torch.full_like(part["input_ids"], number),
+                 "kept": torch.zeros_like(part["input_ids"])}
+        part["kept"][:, -t - 1 : -1] = 1
+        parts.append(part)
+    return {key: torch.cat([p[key] for p in parts if key in p], -1 if key in PER_TOKEN else 0)
+            for key in dict.fromkeys(key for p in parts for key in p)}
+
+
+def stack(rows: list[dict], pad_id: int) -> dict:
+    """Rows as a batch: per token (…, 1, L) left-padded to (…, B, L), pixels and grids joined."""
+    longest, batch = max(row["input_ids"].shape[1] for row in rows), {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values, fill = [row[key] for row in rows if key in row], pad_id * (key == "input_ids")
+        if key in PER_TOKEN:
+            values = [pad(x, (longest - x.shape[-1], 0), value=fill) for x in values]
+        batch[key] = torch.cat(values, -2 if key in PER_TOKEN else 0)
     return batch
 
 
@@ -113,82 +167,125 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-class _OwnNoise(LogitsProcessor):
-    """Sample each row by Gumbel-max from its own generator, and keep the chosen tokens' log-probs:
-    leaving a row out, or sharing rows among processes, changes nothing for the others."""
+def sample(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
+    """Next tokens, their log-probs, the entropy of π; each (B, 1), from logits (B, V). `chance`
+    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose probability reaches top-p."""
+    logp = policy_logits(logits, sampling).log_softmax(-1)
+    ranked, order = logp.exp().sort(descending=True)
+    mass = ranked.cumsum(-1)
+    last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    place = (mass <= chance * mass.gather(-1, last)).sum(-1, keepdim=True)
+    token = order.gather(-1, torch.minimum(place, last) if sampling.temperature > 0 else place * 0)
+    # Suppressed ids have probability 0: 0 · log 0 counts as 0.
+    entropy = -(logp.exp() * logp.clamp_min(-1e4)).sum(-1, keepdim=True)
+    return token, logp.gather(-1, token), entropy
 
-    def __init__(self, seeds: list[int], sampling: Sampling, device: torch.device):
-        self.sampling, self.logps = sampling, []
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noisy = logp = policy_logits(scores, self.sampling).log_softmax(-1)  # (B, V)
-        if self.sampling.temperature > 0:
-            # Top-p: the fewest tokens whose probability reaches it; the likeliest always stays.
-            ranked, order = logp.exp().sort(descending=True)
-            beyond = ranked.cumsum(-1) - ranked >= self.sampling.top_p
-            noisy = logp.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
-            draws = [torch.empty_like(row).exponential_(generator=g)
-                     for row, g in zip(logp, self.generators)]
-            noisy = noisy - torch.stack(draws).clamp_min(1e-20).log()  # argmax(log p + Gumbel) ~ p
-        choice = noisy.argmax(-1, keepdim=True)  # (B, 1)
-        self.logps.append(logp.gather(1, choice))
-        return torch.full_like(logp, -torch.inf).scatter(1, choice, 0.0)
+@dataclass
+class Prefill:
+    """What a model has read: prompts, by identity the row that each has in the cache, what is no
+    padding (P, L), where rows end (…, P, 1), and the logits of what comes next (P, V)."""
+    prompts: list[dict]
+    row: dict[int, int]
+    cache: object
+    mask: Tensor
+    position: Tensor
+    logits: Tensor
 
 
 @torch.no_grad()
-def generate(model, prompts: list[dict], seeds: list[int], sampling: Sampling,
-             num_rollouts: int = 1, synced: bool = False) -> list[Completion]:
-    """Sample `num_rollouts` completions per prompt (neighbours in the result), in one batch.
-    `model` is unwrapped (DDP has no `generate`), its `generation_config` plays no part; `seeds` has
-    one entry per completion. `synced` (sharded parameters): step until every rank is done."""
-    batch = stack_prompts(prompts, sampling.pad_id)
-    noise = _OwnNoise(seeds, sampling, batch["input_ids"].device)
-    was_training, own_config = model.training, model.generation_config
+def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None = None,
+            trunks: list[dict] = ()) -> Prefill:
+    """Read prompts, each once however often it is given. `trunks`: for each one that `seen` has
+    read; what they have in common is not read again. `model` is unwrapped, and left in eval."""
     model.eval()
-    model.generation_config = GenerationConfig()
-    config = GenerationConfig(  # "samples" from what `_OwnNoise` leaves: one token of probability 1
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=num_rollouts,
-        max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.eos_ids),
-        pad_token_id=sampling.pad_id)
-    try:
-        tokens = model.generate(**batch, generation_config=config, logits_processor=[noise],
-                                synced_gpus=synced)[:, batch["input_ids"].shape[1] :]  # (B, T)
-    finally:
-        model.generation_config = own_config
-        model.train(was_training)
-    logps = torch.cat(noise.logps, 1)[:, : tokens.shape[1]]
-    ends = torch.isin(tokens, torch.tensor(sampling.eos_ids, device=tokens.device))
-    lengths = [int(end.int().argmax()) + 1 if end.any() else len(end) for end in ends]
-    return [Completion(row[:n], logp[:n], bool(end.any()))
-            for row, logp, end, n in zip(tokens, logps, ends, lengths)]
+    pairs = [*{id(p): (p, trunk) for p, trunk in zip(prompts, trunks or prompts)}.values()]
+    batch, cache = stack([p for p, _ in pairs], sampling.pad_id), None
+    if seen is not None and can_share(model):
+        cut = max(trunk["input_ids"].shape[1] - common(p, trunk) for p, trunk in pairs)
+        rows = torch.tensor([seen.row[id(trunk)] for _, trunk in pairs], device=seen.mask.device)
+        cache = deepcopy(seen.cache)
+        cache.reorder_cache(rows)
+        cache.crop(-cut)
+        batch = stack([rest(p, trunk, trunk["input_ids"].shape[1] - cut) for p, trunk in pairs],
+                      sampling.pad_id)
+        batch["attention_mask"] = torch.cat([seen.mask[rows, :-cut], batch["attention_mask"]], 1)
+    out = model(**batch, cache=cache, use_cache=True, logits_to_keep=1)
+    return Prefill(prompts, {id(p): k for k, (p, _) in enumerate(pairs)}, out.cache,
+                   batch["attention_mask"], batch["position_ids"][..., -1:], out.logits[:, -1])
 
 
-def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Sampling) -> tuple:
-    """Log-probs of completions under their prompts: `logps, entropy, mask`, each (B, T) fp32. The
-    mask is 1 on completion tokens, 0 on padding. Only the completion's logits are computed."""
-    batch = stack_prompts(prompts, sampling.pad_id)
-    tokens = torch.nn.utils.rnn.pad_sequence(ids, True, sampling.pad_id)  # (B, T)
-    lengths = torch.tensor([len(row) for row in ids], device=tokens.device)
-    mask = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()  # (B, T)
+@torch.no_grad()
+def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
+             synced: bool = False) -> list[Completion]:
+    """Sample a completion of each of `read.prompts`, in one batch, each from a seed of its own:
+    leaving one out changes nothing for the others. `synced` (sharded parameters): step until every
+    rank is done."""
+    device = read.logits.device
+    chances = torch.stack([
+        torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds], 1).to(device)  # (T, B, 1)
+    rows = torch.tensor([read.row[id(prompt)] for prompt in read.prompts], device=device)  # (B,)
+    cache = deepcopy(read.cache)  # another group of prompts may go on from it
+    cache.reorder_cache(rows)
+    logits, mask, position = read.logits[rows], read.mask[rows], read.position[..., rows, :]
+    eos, sampled = torch.tensor(sampling.eos_ids, device=device), []
+    going, lengths = torch.ones_like(rows), torch.zeros_like(rows)  # (B,), going: 0 after an EOS
+    for chance in chances:
+        sampled.append(sample(logits, chance, sampling))
+        token, lengths = sampled[-1][0], lengths + going
+        going = going * ~torch.isin(token[:, 0], eos)
+        more = going.max()
+        if synced:
+            torch.distributed.all_reduce(more, torch.distributed.ReduceOp.MAX)
+        if not more or len(sampled) == sampling.max_tokens:
+            break
+        mask, position = torch.cat([mask, torch.ones_like(token)], 1), position + 1
+        logits = model(input_ids=token, attention_mask=mask, position_ids=position, cache=cache,
+                       use_cache=True).logits[:, -1]
+    parts = [torch.cat(values, 1) for values in zip(*sampled)]  # each (B, T)
+    return [Completion(*(part[k, :n] for part in parts), not unended)
+            for k, (n, unended) in enumerate(zip(lengths.tolist(), going.tolist()))]
+
+
+def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Sampling,
+                trunks: list[dict] | None = None) -> tuple:
+    """Log-probs of completions under their prompts: `logps, mask`, each (B, T) fp32. The mask is 1
+    on completion tokens, 0 on padding. Those with the same trunk (by default, the same prompt)
+    stand in one row, where each sees the trunk and itself: a video is encoded once for all, and
+    only completions get logits."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
-    tails, shape = {"input_ids": tokens, "attention_mask": mask}, batch["input_ids"].shape
-    for key, value in batch.items():
-        if value.shape == shape:  # one entry a token
-            batch[key] = torch.cat([value, tails.get(key, torch.zeros_like(tokens))], 1)  # (B, L+T)
-    logits = model(**batch, logits_to_keep=tokens.shape[1] + 1, use_cache=False).logits[:, :-1]
-    logp = policy_logits(logits, sampling).log_softmax(-1)  # (B, T, V)
-    # Suppressed ids have probability 0: 0 · log 0 counts as 0, and padding may be such an id.
-    entropy = -(logp.exp() * logp.clamp_min(-1e4)).sum(-1).detach()
-    logps = logp.gather(-1, tokens[..., None])[..., 0].masked_fill(mask == 0, 0.0)
-    return logps, entropy * mask, mask.float()
+    trunks, among = trunks or prompts, {}
+    for i, trunk in enumerate(trunks):
+        among.setdefault(id(trunk) if can_share(model) else i, []).append(i)
+    order = sum(among.values(), [])
+    batch = stack([pack(trunks[of[0]], [prompts[i] for i in of], [ids[i] for i in of])
+                   for of in among.values()], sampling.pad_id)
+    branch, kept = batch.pop("branch"), batch.pop("kept").bool()  # (rows, N)
+    batch["attention_mask"] = (branch > 0).long()
+    if len(among) < len(ids):
+        visible = (branch[:, None] == 1) | (branch[:, None] == branch[..., None])
+        batch["attention_mask"] = visible.tril()[:, None]  # (rows, 1, N, N)
+    logits = model(**batch, logits_to_keep=kept, use_cache=False).logits  # (Σ T, V)
+    tokens = torch.cat([ids[i] for i in order])
+    flat = torch.cat([checkpoint(_chosen_logps, *part, sampling, use_reentrant=False)
+                      for part in zip(logits.split(CHUNK), tokens.split(CHUNK))])
+    logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
+    mask = pad_sequence([torch.ones_like(logps[i]) for i in range(len(ids))], True)
+    return pad_sequence([logps[i] for i in range(len(ids))], True), mask
+
+
+def _chosen_logps(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
+    """(N, V), (N,) → (N,). In parts, and computed again backward: fp32 logits of all are large."""
+    return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
     """A_i = (R̃_i − mean) / std; `rewards` (prompts, G) → the same shape. The std is of the "group"
     (FFR, GRPO), of the "batch" (of all rollouts of the step: `batch_std`), or "none" (Dr. GRPO)."""
     centred = rewards - rewards.mean(1, keepdim=True)
+    centred = centred * (rewards.amax(1, True) > rewards.amin(1, True))  # exactly 0 where all equal
     if scale == "none":
         return centred
     std = rewards.std(1, keepdim=True) if scale == "group" else batch_std
@@ -210,42 +307,58 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
     return -(objective * mask).sum() / max(total_tokens, 1)
 
 
-def update(accelerator, model, reference, optimizer, prompts: list[dict],
-           completions: list[Completion], advantages: list[float], weights: list[float],
-           total_tokens: float, sampling: Sampling, epsilon=0.2, beta=0.04, num_updates=1,
-           max_grad_norm=5.0, stand_in: dict | None = None) -> dict[str, float]:
+class Row(NamedTuple):
+    """A rollout in the update. `trunk`: the prompt that all of its group's begin with. `weight`: 1,
+    or 0 for one that only keeps the processes in step."""
+    trunk: dict
+    prompt: dict
+    completion: Completion
+    advantage: float
+    weight: float = 1.0
+
+
+def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: float,
+           sampling: Sampling, epsilon=0.2, beta=0.04, num_updates=1, max_grad_norm=5.0, at_once=0,
+           stand_in: dict | None = None) -> dict[str, float]:
     """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
-    `model` and `optimizer` are the accelerator's. `weights`: 1, or 0 for a row that only keeps the
-    processes in step; `total_tokens` counts those of weight 1 on all. `stand_in` (sharded
-    parameters): a prompt of every modality, added with weight 0, so that ranks make equal calls.
-    Returns this process's parts, to be summed, of `loss` and the token means `entropy`, `kl`,
-    `clipped`; `grad_norm`; and `logp_gap`, the most that log-probs sampled and scored differ."""
-    ids = [completion.ids for completion in completions]
-    if stand_in is not None:
-        prompts, ids = [*prompts, stand_in], [*ids, ids[0][:1]]
-        advantages, weights = [*advantages, 0.0], [*weights, 0.0]
-    advantages, weights = (torch.tensor(v, device=ids[0].device) for v in (advantages, weights))
-    old_logps = ref_logps = None
+    `model` and `optimizer` are the accelerator's. `tokens`: how many of weight 1 there are on all
+    processes. `at_once`: rollouts in a forward and backward, 0 for all; their gradients add up.
+    `stand_in` (sharded parameters): a prompt of every modality, added with weight 0, so that ranks
+    make equal calls. Returns this process's parts, to be summed, of `loss` and the token means
+    `kl`, `clipped`; `grad_norm`; and `logp_gap`, how far log-probs sampled and scored differ."""
+    # Where A_i = 0 and β = 0 there is no gradient; every process leaves out as many rows.
+    rows = sorted(rows, key=lambda row: row.advantage == 0)
+    idle = sum(row.advantage == 0 and beta == 0 for row in rows)
+    rows = rows[: max(1, len(rows) - min(gather_object([idle])))]
+    size, old, ref = at_once or len(rows), {}, {}
+    extra = [Row(stand_in, stand_in, replace(c, ids=c.ids[:1]), 0.0, 0.0)
+             for c in [rows[0].completion] if stand_in is not None]
     for _ in range(num_updates):
-        with accelerator.autocast():
-            logps, entropy, mask = token_logps(model, prompts, ids, sampling)  # (B, T)
-        mask, now = mask * weights[:, None], logps.detach()
-        old_logps = now if old_logps is None else old_logps
-        if reference is not None and ref_logps is None:
-            with torch.no_grad(), accelerator.autocast():
-                ref_logps = token_logps(reference, prompts, ids, sampling)[0]
-        loss = grpo_loss(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon, beta)
-        # Parts over the global token count are to be summed; DDP averages over processes.
-        accelerator.backward(loss * accelerator.num_processes)
+        figures = Counter()
+        for k in range(0, len(rows), size):
+            trunks, prompts, completions, advantages, weights = zip(*rows[k : k + size], *extra)
+            ids = [completion.ids for completion in completions]
+            with accelerator.autocast():
+                logps, mask = token_logps(model, prompts, ids, sampling, trunks)  # (B, T)
+            advantages, weights = (logps.new_tensor(values) for values in (advantages, weights))
+            mask, now = mask * weights[:, None], logps.detach()
+            if k not in old and reference is not None:
+                with torch.no_grad(), accelerator.autocast():
+                    ref[k] = token_logps(reference, prompts, ids, sampling, trunks)[0]
+            old.setdefault(k, now)
+            loss = grpo_loss(logps, old[k], ref.get(k), advantages, mask, tokens, epsilon, beta)
+            # Parts over the global token count are to be summed; DDP averages over processes.
+            accelerator.backward(loss * accelerator.num_processes)
+            d, ratio = ref.get(k, now) - now, (now - old[k]).exp()
+            means = {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
+            figures.update({name: ((value * mask).sum() / tokens).item()
+                            for name, value in means.items()} | {"loss": loss.item()})
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    d = (now if ref_logps is None else ref_logps) - now
-    clipped = ((now - old_logps).exp() - 1).abs() > epsilon
-    gaps = [(c.logps - row[: len(c.ids)]).abs().max() for row, c in zip(old_logps, completions)]
-    means = {"entropy": entropy, "kl": d.exp() - d - 1, "clipped": clipped}
-    figures = {k: ((value * mask).sum() / total_tokens).item() for k, value in means.items()}
-    return figures | {"loss": loss.item(), "grad_norm": float(norm), "logp_gap": float(max(gaps))}
+    gap = max((row.completion.logps - logp[: len(row.completion.ids)]).abs().max().item()
+              for k, logps in old.items() for row, logp in zip(rows[k : k + size], logps))
+    return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
 
 
 # --- a policy to try it on ---

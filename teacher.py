@@ -22,6 +22,7 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from huggingface_hub import InferenceClient
 from PIL import Image
@@ -32,6 +33,7 @@ MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; fram
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
 MAX_TRIES, BACKOFF = 4, 1.0  # of a request; seconds before the second, doubled from then on
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
 LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a time
 
 
@@ -132,6 +134,8 @@ def _plain(text: str) -> str:
 
 def _picture(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
     """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
+    if (index, box) in (made := PICTURES.setdefault(video, {})):
+        return made[index, box]
     image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
     if box is not None:
         image = image.crop(Region(index, box).corners(image))
@@ -140,7 +144,8 @@ def _picture(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
     image = image.convert("RGB").resize([max(28, int(side / shrink)) for side in image.size])
     image.save(file := BytesIO(), "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return [_text(label), {"type": "image_url", "image_url": {"url": url}}]
+    made[index, box] = [_text(label), {"type": "image_url", "image_url": {"url": url}}]
+    return made[index, box]
 
 
 TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),

@@ -72,6 +72,7 @@ class Config:
     num_rollouts: int = setting(8, "G, rollouts per question")
     temperature: float = setting(1.0, "of sampling, and so of the policy that is trained")
     top_p: float = setting(0.95, "nucleus of sampling")
+    rollouts_at_once: int = setting(0, "per forward and backward, for memory; 0: all (ours)")
     beta: float = setting(0.04, "β, weight of KL(π_θ ‖ π_ref); 0 loads no reference model")
     epsilon: float = setting(0.2, "ε of the clip (ours: the paper names none)")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "std of the advantages")
@@ -170,9 +171,6 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
     reference = deepcopy(student.model).eval().requires_grad_(False) if config.beta > 0 else None
     model, optimizer = accelerator.prepare(student.model, optimizer)
     student.model = accelerator.unwrap_model(model)
-    if student.synced:  # fully_shard: call the root first, before `generate` calls the vision tower
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[student.sampling.pad_id]], device=accelerator.device))
     accelerator.register_for_checkpointing(scheduler)
     folder = Path(config.out, "checkpoints")
     saved = max(folder.glob("[0-9]*"), default=None) if config.resume else None
@@ -192,7 +190,6 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
             groups = ffr.find_fix_reason(student, questions, config.num_rollouts, ask,
                                          config.kappa, config.lam, (config.seed, step))
         rollouts = [rollout for group in groups for rollout in group]
-        weights = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
         counted = [(q, r) for q, group in zip(questions, groups) for r in group if q.counts]
         rows = gather_object([ffr.describe(q, r) for q, r in counted])
         # A_i within each group; the rows, and so the batch's std, are of all processes
@@ -200,16 +197,18 @@ def train(config: Config, accelerator, student, samples, teach, spare) -> list[d
         std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
         advantages = grpo.group_advantages(rewards, config.scale_rewards, std).flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
+        counts = [float(q.counts) for q in questions for _ in range(config.num_rollouts)]
+        trained = [grpo.Row(r.first.prompt, r.prompt, r.completion, a * counted, counted)
+                   for r, a, counted in zip(rollouts, advantages, counts)]
         middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
         figures = grpo.update(
-            accelerator, model, reference, optimizer, [r.prompt for r in rollouts],
-            [r.completion for r in rollouts], advantages, weights, tokens, student.sampling,
+            accelerator, model, reference, optimizer, trained, tokens, student.sampling,
             config.epsilon, config.beta, config.num_updates, config.max_grad_norm,
-            ffr.stand_in(student, spare) if student.synced else None)
+            config.rollouts_at_once, ffr.stand_in(student, spare) if student.synced else None)
         scheduler.step()
         repaired = sum(a for r, a in zip(rollouts, advantages) if r.failed)
         figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
-                    "skipped": weights.count(0.0) / config.num_rollouts,
+                    "skipped": counts.count(0.0) / config.num_rollouts,
                     **{f"teacher_{name}": count for name, count in spent.items()},
                     "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
@@ -315,7 +314,7 @@ def cold_start(config: Config, accelerator: Accelerator) -> None:
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
         texts = [tokenizer.encode(write() + tokenizer.eos_token) for write in writers]
         ids = [torch.tensor(text, device=accelerator.device) for text in texts]
-        logps, _, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
+        logps, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)

@@ -88,7 +88,8 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
     def encode(text: str) -> dict:
         chat = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         text = student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return dict(student.processor(text=[text], return_tensors="pt"))
+        inputs = dict(student.processor(text=[text], return_tensors="pt"))
+        return grpo.with_positions(student.model, inputs)
 
     tokenizer, rng = student.processor.tokenizer, random.Random(SEED)
     pairs = [(encode(text), torch.tensor(tokenizer(answer + tokenizer.eos_token)["input_ids"]))
@@ -96,12 +97,12 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         prompts, ids = zip(*rng.sample(pairs, 32))
-        logps, _, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
+        logps, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
         (-(logps * mask).sum() / mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    done = grpo.generate(student.model, [encode(text) for text, _ in tested], [0] * len(tested),
-                         student.sampling, 1, False)
+    read = grpo.prefill(student.model, [encode(text) for text, _ in tested], student.sampling)
+    done = grpo.generate(student.model, read, [0] * len(tested), student.sampling)
     said = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
     return sum(a == b for a, (_, b) in zip(said, tested)) / len(tested)
 

@@ -243,7 +243,7 @@ def learn(job: tuple) -> dict:
             truths = [q.sample.truth for q in asked]
             said = [data.needle_rationale(t, t["cue"], t["look"]) for t in truths]
             ids = [torch.tensor(tokenizer.encode(text + tokenizer.eos_token)) for text in said]
-            logps, _, mask = grpo.token_logps(
+            logps, mask = grpo.token_logps(
                 student.model, [q.prompt for q in asked], ids, student.sampling)
             (-(logps * mask).sum() / mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.max_grad_norm)

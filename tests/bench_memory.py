@@ -2,11 +2,12 @@
 on tiny models, fitted by a formula, and computed from it for a 7B. `python tests/bench_memory.py`
 
     update      4P (weights) + 4P (gradients) + 8P (Adam) + 4P (π_ref, β > 0) + 2P (bf16 copies)
-                + a · G(L + C) · layers · width + v · G · patches · depth · width_v + c · G · C · V
-    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · G(L + C) · layers · 2 · kv_width
+                + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
+    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · (G(L + C) + L) · layers · 2 · kv_width
                 + d · G(L + C) · width + e · patches · width_v + f · G · V
 
-P parameters, L prompt tokens, C completion tokens, V vocabulary. Bytes are those of live tensors:
+With checkpointing, the input of every layer of both towers is kept, in fp32: known, not fitted.
+P parameters, L prompt tokens, C completion tokens, V vocabulary, g rollouts at once, N = L + g · C. Bytes are those of live tensors:
 no allocator's rounding, no fragmentation, no kernels' workspaces.
 """
 
@@ -104,20 +105,23 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.eval()
-    accelerator, prompt = Accelerator(cpu=True, mixed_precision="bf16"), prompt_of(frames, words)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prompt = grpo.with_positions(model, prompt_of(frames, words))
     reference = [deepcopy(model).requires_grad_(False)] if beta else []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
     sampling = grpo.Sampling(1.0, 1.0, completion, (PAD,), PAD, (PAD, IMAGE, VIDEO))  # never ends
-    done = [grpo.Completion(torch.full((completion,), 9), torch.zeros(completion), True)] * G
+    zeros = torch.zeros(completion)
+    done = grpo.Completion(torch.full((completion,), 9), zeros, zeros, True)
     model = accelerator.prepare(model)
 
     def update():
-        grpo.update(accelerator, model, *(reference or [None]), optimizer, [prompt] * G, done,
-                    [1.0] * G, [1.0] * G, G * completion, sampling, beta=beta)
+        grpo.update(accelerator, model, *(reference or [None]), optimizer,
+                    [grpo.Row(prompt, prompt, done, 1.0)] * G, G * completion, sampling, beta=beta)
 
     def generate():
         with accelerator.autocast():
-            grpo.generate(model, [prompt], [*range(G)], sampling, G)
+            read = grpo.prefill(model, [prompt] * G, sampling)
+            grpo.generate(model, read, [*range(G)], sampling)
 
     update()  # Adam's states are there from the first step on
     P = sum(p.numel() for p in model.parameters())
@@ -125,6 +129,7 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
     return {"P": P, "layers": layers, "width": width, "kv": width // 7, "depth": layers,
             "vision": 64, "V": VOCABULARY, "G": G, "prompt": length, "completion": completion,
             "patches": len(prompt["pixel_values_videos"]), "beta": beta,
+            "checkpointing": checkpointing,
             "update": peak_of(update, optimizer, model, *reference),
             "generation": peak_of(generate, optimizer, model, *reference)}
 
@@ -132,12 +137,15 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
 def terms(x):
     """The formula's known parts in bytes, and what its coefficients multiply."""
     rows = x["G"] * (x["prompt"] + x["completion"])
+    once = x.get("at_once", x["G"])
+    packed = x["prompt"] + once * x["completion"]  # N
     known = (4 + 4 * (x["beta"] > 0)) * x["P"]
+    inputs = [packed * x["layers"] * x["width"], x["patches"] * x["depth"] * x["vision"]]
+    kept = 4 * sum(inputs) * x["checkpointing"]
     return {
-        "update": (known + 14 * x["P"], [rows * x["layers"] * x["width"],
-                                         x["G"] * x["patches"] * x["depth"] * x["vision"],
-                                         x["G"] * x["completion"] * x["V"]]),
-        "generation": (known + 10 * x["P"] + 2 * rows * x["layers"] * 2 * x["kv"],
+        "update": (known + 14 * x["P"] + kept, [
+            *inputs, once * x["completion"] * x["V"], packed**2]),
+        "generation": (known + 10 * x["P"] + 4 * (rows + x["prompt"]) * x["layers"] * x["kv"],
                        [rows * x["width"], x["patches"] * x["vision"], x["G"] * x["V"]]),
     }
 
@@ -177,16 +185,19 @@ def main():
             print(f"  {name} {kind}: {[round(c, 1) for c in coefficients]}, error ≤ {error:.1%}")
     table = {}
     for name, fits in result["fits"].items():
-        for beta in (0.04, 0.0):
-            x = SEVEN | PAPER | {"beta": beta}
-            known, factors = terms(x)["update"]
+        for beta, once in ((0.04, 8), (0.04, 1), (0.0, 8)):
+            x = SEVEN | PAPER | {"beta": beta, "at_once": once, "checkpointing": name != "plain"}
+            factors = terms(x)["update"][1]
             moving = [c * f for c, f in zip(fits["update"][0], factors)]
+            for k in (0, 1):
+                moving[k] += 4 * factors[k] * x["checkpointing"]
             generation = [c * f for c, f in zip(fits["generation"][0], terms(x)["generation"][1])]
-            table[f"{name}, beta {beta}"] = {k: round(v / 1e9, 1) for k, v in {
+            table[f"{name}, beta {beta}, {once} at once"] = {k: round(v / 1e9, 1) for k, v in {
                 "weights, gradients, Adam": 16 * x["P"], "reference": 4 * x["P"] * (beta > 0),
                 "bf16 copies": 2 * x["P"], "text activations": moving[0],
-                "vision activations": moving[1], "logits": moving[2], "generation": sum(generation),
-                "one GPU": known + sum(moving),
+                "vision activations": moving[1], "logits": moving[2], "mask": moving[3],
+                "generation": sum(generation),
+                "one GPU": 18 * x["P"] + 4 * x["P"] * (beta > 0) + sum(moving),
                 # parameters, gradients and Adam are split; π_ref is whole on each; no bf16 copies
                 "8 GPUs, FSDP2": 16 * x["P"] / 8 + 4 * x["P"] * (beta > 0) + sum(moving),
             }.items()}

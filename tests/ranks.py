@@ -41,7 +41,9 @@ def injected(student, questions):
         for g in range(3):
             ids = torch.randint(5, 60, (1 + 3 * q + g,), generator=noise)
             prompt = patched if q == len(questions) - 1 and g else question.prompt
-            rows.append((prompt, grpo.Completion(ids, torch.zeros(len(ids)), True), float(q * g - 1.5)))
+            zeros = torch.zeros(len(ids))
+            rows.append(grpo.Row(question.prompt, prompt, grpo.Completion(ids, zeros, zeros, True),
+                                 float(q * g - 1.5)))
     return rows
 
 
@@ -74,11 +76,10 @@ def gradient(folder, out, *names):
         figures = []
         for _ in range(1 if name == "keep" else 20):
             own = grpo.update(
-                accelerator, model, reference, optimizer, [p for p, _, _ in mine],
-                [c for _, c, _ in mine], [a for *_, a in mine], [1.0] * share,
-                sum(len(c.ids) for _, c, _ in rows), student.sampling, max_grad_norm=1e9)
+                accelerator, model, reference, optimizer, mine,
+                sum(len(row.completion.ids) for row in rows), student.sampling, max_grad_norm=1e9)
             parts = train.gather_object([own])
-            figures.append([sum(part[k] for part in parts) for k in ("loss", "entropy", "kl")])
+            figures.append([sum(part[k] for part in parts) for k in ("loss", "kl")])
         result[name] = {"figures": torch.tensor(figures), "weights": torch.cat(
             [p.detach().flatten() for p in parameters])}
         result |= {"gradient": optimizer.gradient} if name == "keep" else {}
@@ -98,10 +99,10 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     groups = ffr.find_fix_reason(
         student, questions, 2, lambda cases: teacher.diagnose(cases, brain, ffr.gate), 0.3, 0.1, (0, 0))
     rollouts = [r for group in groups for r in group]
-    weights = [float(q.counts) for q in questions for _ in range(2)]
+    rows = [grpo.Row(q.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
+            for q, group in zip(questions, groups) for r, a in zip(group, (1.0, -1.0))]
     figures = grpo.update(
-        accelerator, model, None, optimizer, [r.prompt for r in rollouts],
-        [r.completion for r in rollouts], [1.0, -1.0] * 2, weights, 50, student.sampling, beta=0.0,
+        accelerator, model, None, optimizer, rows, 50, student.sampling, beta=0.0,
         stand_in=ffr.stand_in(student, questions[0]),
     )
     return rollouts, figures
@@ -117,8 +118,6 @@ def calls(folder, out):
     counts, keep = Counter(), Keep(student.model)
     student.model.model.visual.register_forward_hook(lambda *_: counts.update(vision=1))
     student.model.register_forward_hook(lambda *_: counts.update(forward=1))
-    generate = student.model.generate
-    student.model.generate = lambda *a, **k: counts.update(generate=1) or generate(*a, **k)
     model = accelerator.prepare(student.model)
     rollouts, _ = lopsided_step(accelerator, student, samples, model, keep)
     report(accelerator, out, repaired=sum(r.failed is not None for r in rollouts),
@@ -154,13 +153,9 @@ def sharded(folder, out):
     """A lopsided step with every parameter sharded."""
     accelerator, student, samples = setup(folder)
     model = student.model
-    # The vision tower is a unit of its own, as `generate` calls it by itself; and the root must be
-    # called before any unit is.
     for unit in [*model.model.language_model.layers, model.model.visual, model]:
         fully_shard(unit)
     dtensors, start = all(isinstance(p, DTensor) for p in model.parameters()), whole(model)
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[5, 6]]))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     rollouts, figures = lopsided_step(accelerator, student, samples, model, sgd)
     end = whole(model)

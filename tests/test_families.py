@@ -29,12 +29,17 @@ def rows(family, make_config, accelerator, samples):
     first, second = (ffr.open_question(student, sample) for sample in samples[:2])
     prompts = [first.prompt, ffr.encode(student, first, PATCH), second.prompt]
     assert len({p["input_ids"].shape[1] for p in prompts[:2]}) == 2
-    return student, prompts, grpo.generate(student.model, prompts, [1, 2, 3], student.sampling)
+    return student, prompts, sampled(student, prompts, [1, 2, 3])
+
+
+def sampled(student, prompts, seeds):
+    read = grpo.prefill(student.model, prompts, student.sampling)
+    return grpo.generate(student.model, read, seeds, student.sampling)
 
 
 def score(student, prompts, completions):
     with torch.no_grad():
-        logps, _, mask = grpo.token_logps(
+        logps, _ = grpo.token_logps(
             student.model, prompts, [c.ids for c in completions], student.sampling)
     return [row[: len(c.ids)] for row, c in zip(logps, completions)]
 
@@ -51,11 +56,47 @@ def test_mixed_batch_is_as_one_by_one(rows):
     student, prompts, completions = rows
     batch = score(*rows)
     for k, (prompt, completion) in enumerate(zip(prompts, completions)):
-        (alone,) = grpo.generate(student.model, [prompt], [k + 1], student.sampling)
+        (alone,) = sampled(student, [prompt], [k + 1])
         assert alone.ids.tolist() == completion.ids.tolist()
         assert torch.allclose(alone.logps, completion.logps, atol=1e-4)
         (row,) = score(student, [prompt], [completion])
         assert torch.allclose(row, batch[k], atol=1e-4)
+
+
+def test_reading_on_from_the_question_is_as_reading_it_all(rows, monkeypatch):
+    """Patched prompts of two lengths go on from the questions' cache, in their own order."""
+    student, (first, patched, second), _ = rows
+    more = [patched, dict(patched)]
+    seen = grpo.prefill(student.model, [second, first, first], student.sampling)
+    alone = grpo.prefill(student.model, more, student.sampling)
+    forward, read = type(student.model).forward, []
+    monkeypatch.setattr(student.model, "forward", lambda **inputs: read.append(
+        inputs["input_ids"].shape[1]) or forward(student.model, **inputs))
+    again = grpo.prefill(student.model, more, student.sampling, seen, [first, first])
+    assert torch.allclose(alone.logits, again.logits, atol=1e-4)
+    assert read[0] < patched["input_ids"].shape[1] - first["input_ids"].shape[1] // 2
+    a, b = (grpo.generate(student.model, x, [5, 6], student.sampling) for x in (alone, again))
+    for one, other in zip(a, b):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert torch.allclose(one.logps, other.logps, atol=1e-4)
+
+
+def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows, monkeypatch):
+    """Log-probs and gradients with the video once for all, and with it for each."""
+    student, (first, patched, second), (a, b, c) = rows
+    prompts, done = [first, patched, second, first, patched], [a, b, c, b, c]
+    trunks, ids = [first, first, second, first, first], [x.ids for x in done]
+    found, weight = [], torch.arange(1.0, 6.0)[:, None]
+    for shared in (True, False):
+        monkeypatch.setattr(grpo, "can_share", lambda model: shared)
+        logps, mask = grpo.token_logps(student.model, prompts, ids, student.sampling, trunks)
+        (logps * mask * weight).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+        student.model.zero_grad()
+        found.append((logps, gradient))
+    (logps, gradient), (own_logps, own_gradient) = found
+    assert torch.allclose(logps, own_logps, atol=1e-4)
+    assert (gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
 
 
 def test_pixels_of_video_and_patch_matter(rows):
@@ -105,23 +146,17 @@ def test_qwen2_5_vl_is_given_the_positions_its_weights_were_trained_with(
     student = train.load_student(config, accelerator)
     question = ffr.open_question(student, samples[0])
     prompts = [question.prompt, ffr.encode(student, question, PATCH)]
-    batch = grpo.stack_prompts(prompts, student.sampling.pad_id)  # the first one is left-padded
     vision, own = student.model.config.vision_config, student.model.model
-    got, deltas = own.get_rope_index(**{k: batch[k] for k in (
-        "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
-        "attention_mask")})
-    for row, prompt in enumerate(prompts):
-        length = prompt["input_ids"].shape[1]
+    for prompt in prompts:
         grids = {kind: prompt.get(f"{kind}_grid_thw", torch.empty(0, 3)).long().tolist()
                  for kind in ("video", "image")}
         want = published_positions(
             prompt["mm_token_type_ids"][0].tolist(), grids, float(prompt["second_per_grid_ts"][0]),
             vision.spatial_merge_size, vision.tokens_per_second)
-        assert torch.equal(got[:, row, -length:], want)
-        assert int(deltas[row]) == int(want.max()) + 1 - length
+        assert torch.equal(prompt["position_ids"][:, 0], want)
     untouched = type(own).get_rope_index(own, prompts[0]["input_ids"], **{
         k: prompts[0][k] for k in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")})[0]
-    last = untouched[0, 0, -1] - got[0, 0, -1]
+    last = untouched[0, 0, -1] - prompts[0]["position_ids"][0, 0, -1]
     assert last <= 0  # 0 where the installed transformers has them right
 
 
@@ -137,7 +172,7 @@ def test_checkpointing_and_a_frozen_tower_change_no_gradient_that_is_left(
         recomputed = []
         layer = student.model.get_decoder().layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
-        logps, _, _ = grpo.token_logps(
+        logps, _ = grpo.token_logps(
             student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling)
         logps.sum().backward()
         assert len(recomputed) == 1 + (name == "checkpointed")

@@ -107,20 +107,21 @@ def test_long_span_is_given_by_both_ends(questions):
     assert "<1.0 seconds> to <4.5 seconds>" in text
 
 
+def sampled(student, prompt, seed):
+    read = ffr.prefill(student.model, [prompt], student.sampling)
+    return ffr.generate(student.model, read, [ffr._seed(*seed)], student.sampling)[0]
+
+
 def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach):
     groups = run(student, questions[:2], teach)
     for question, group in zip(questions, groups):
         for place, rollout in enumerate(group):
             assert not rollout.first.score.correct and rollout.failed is not None
-            first = ffr.generate(
-                student.model, [question.prompt],
-                [ffr._seed(SEED, question.sample.id, place, "first")], student.sampling)[0]
+            first = sampled(student, question.prompt, (SEED, question.sample.id, place, "first"))
             assert rollout.failed.completion.ids.tolist() == first.ids.tolist()
             assert rollout.failed.prompt is question.prompt
             assert "pixel_values" in rollout.prompt  # the patched prompt, with its pictures
-            again = ffr.generate(
-                student.model, [rollout.prompt],
-                [ffr._seed(SEED, question.sample.id, place, "again")], student.sampling)[0]
+            again = sampled(student, rollout.prompt, (SEED, question.sample.id, place, "again"))
             assert rollout.completion.ids.tolist() == again.ids.tolist()
 
 

@@ -63,6 +63,10 @@ def test_empty_batch_has_a_finite_loss():
     assert grpo.grpo_loss(zeros, zeros, None, torch.ones(2), zeros, 0, beta=0.0).item() == 0
 
 
+def sampled(student, prompts, seeds, sampling):
+    return grpo.generate(student.model, grpo.prefill(student.model, prompts, sampling), seeds, sampling)
+
+
 def mixed_prompts(student, questions):
     """Patched and unpatched prompts, of different lengths."""
     patch = EvidencePatch("temporal", "look there", [4, 9], [(4, 5)])
@@ -75,12 +79,12 @@ def test_sampled_logps_equal_scored_logps(student, questions, top_p):
     prompts = mixed_prompts(student, questions)
     sampling = grpo.Sampling(0.7, top_p, 12, student.sampling.eos_ids, student.sampling.pad_id,
                              student.sampling.suppressed_ids)
-    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], sampling)
-    batched, _, mask = grpo.token_logps(student.model, prompts, [c.ids for c in done], sampling)
+    done = sampled(student, prompts, [1, 2, 3, 4], sampling)
+    batched, mask = grpo.token_logps(student.model, prompts, [c.ids for c in done], sampling)
     assert len({p["input_ids"].shape[1] for p in prompts}) > 1  # so there is left padding
     for i, (prompt, completion) in enumerate(zip(prompts, done)):
         n = len(completion.ids)
-        single, _, _ = grpo.token_logps(student.model, [prompt], [completion.ids], sampling)
+        single, _ = grpo.token_logps(student.model, [prompt], [completion.ids], sampling)
         assert torch.allclose(completion.logps, batched[i, :n], atol=1e-4)
         assert torch.allclose(completion.logps, single[0], atol=1e-4)
         assert mask[i].sum() == n
@@ -88,10 +92,10 @@ def test_sampled_logps_equal_scored_logps(student, questions, top_p):
 
 def test_a_rollout_does_not_depend_on_its_batch(student, questions):
     prompts = mixed_prompts(student, questions)
-    together = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
-    alone = grpo.generate(student.model, prompts[2:3], [3], student.sampling)
+    together = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    alone = sampled(student, prompts[2:3], [3], student.sampling)
     assert together[2].ids.tolist() == alone[0].ids.tolist()
-    grouped = grpo.generate(student.model, prompts[2:3], [3, 8], student.sampling, num_rollouts=2)
+    grouped = sampled(student, prompts[2:3] * 2, [3, 8], student.sampling)
     assert grouped[0].ids.tolist() == alone[0].ids.tolist()
     assert grouped[1].ids.tolist() != alone[0].ids.tolist()
 
@@ -100,10 +104,10 @@ def test_sampling_follows_the_policy(student, questions):
     """4,000 first tokens against their probabilities; a right sampler fails one run in 10^6."""
     sampling = grpo.Sampling(1.0, 1.0, 1, student.sampling.eos_ids, student.sampling.pad_id,
                              student.sampling.suppressed_ids)
-    done = grpo.generate(student.model, [questions[0].prompt], list(range(4000)), sampling, 4000)
+    done = sampled(student, [questions[0].prompt] * 4000, list(range(4000)), sampling)
     counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
     likely = counts.argmax()
-    logp, _, _ = grpo.token_logps(student.model, [questions[0].prompt], [likely[None]], sampling)
+    logp, _ = grpo.token_logps(student.model, [questions[0].prompt], [likely[None]], sampling)
     p = logp[0, 0].exp()
     assert abs(counts[likely] - 4000 * p) < 4.9 * (4000 * p * (1 - p)).sqrt()
 
@@ -111,14 +115,14 @@ def test_sampling_follows_the_policy(student, questions):
 def test_top_p_keeps_the_fewest_likely_tokens():
     sampling = grpo.Sampling(top_p=0.6)
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
-    chosen = grpo._OwnNoise(list(range(500)), sampling, logits.device)(None, logits).argmax(-1)
-    assert set(chosen.tolist()) == {0, 1}
+    chosen, *_ = grpo.sample(logits, torch.linspace(0, 1, 501)[:500, None], sampling)
+    assert chosen.flatten().bincount().tolist() == [313, 187]  # 5 to 3, of 500 even chances
 
 
 def test_policy_is_the_softmax_at_the_sampling_temperature(student, questions):
     prompt, ids = questions[0].prompt, torch.tensor([5, 6, 7])
     hot = grpo.Sampling(temperature=2.0, pad_id=student.sampling.pad_id)
-    logps, _, _ = grpo.token_logps(student.model, [prompt], [ids], hot)
+    logps, _ = grpo.token_logps(student.model, [prompt], [ids], hot)
     first = student.model(**prompt).logits[0, -1].float()
     assert torch.allclose(logps[0, 0], (first / 2.0).log_softmax(-1)[5], atol=1e-5)
 
@@ -135,32 +139,33 @@ def test_padding_with_a_suppressed_id_gives_no_nan(student, questions):
     assert student.sampling.pad_id in student.sampling.suppressed_ids
     prompts = [questions[0].prompt, questions[1].prompt]
     ids = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    logps, entropy, _ = grpo.token_logps(student.model, prompts, ids, student.sampling)
+    logps, mask = grpo.token_logps(student.model, prompts, ids, student.sampling)
     logps.sum().backward()
-    assert torch.isfinite(logps).all() and torch.isfinite(entropy).all()
+    assert torch.isfinite(logps).all() and mask.sum() == 4
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.model.parameters())
     student.model.zero_grad()
 
 
 def test_checkpoints_generation_config_plays_no_part(student, questions):
-    before = grpo.generate(student.model, [questions[0].prompt], [1], student.sampling)
+    before = sampled(student, [questions[0].prompt], [1], student.sampling)
     own = student.model.generation_config
     own.repetition_penalty, own.top_k, own.temperature, own.do_sample = 3.0, 1, 0.1, True
-    after = grpo.generate(student.model, [questions[0].prompt], [1], student.sampling)
+    after = sampled(student, [questions[0].prompt], [1], student.sampling)
     assert before[0].ids.tolist() == after[0].ids.tolist()
     assert student.model.generation_config is own  # and it is saved with the weights as it was
 
 
 def test_logps_change_when_the_pixels_change(student, questions):
     ids = [torch.tensor([5, 6, 7])]
-    seen, _, _ = grpo.token_logps(student.model, [questions[0].prompt], ids, student.sampling)
+    seen, _ = grpo.token_logps(student.model, [questions[0].prompt], ids, student.sampling)
     pixels = torch.zeros_like(questions[0].prompt["pixel_values_videos"])
     blank = questions[0].prompt | {"pixel_values_videos": pixels}
-    unseen, _, _ = grpo.token_logps(student.model, [blank], ids, student.sampling)
+    unseen, _ = grpo.token_logps(student.model, [blank], ids, student.sampling)
     assert (seen - unseen).abs().max() > 1e-3
 
 
-def gradients(student, accelerator, prompts, completions, advantages, weights, **kwargs):
+def gradients(student, accelerator, prompts, completions, advantages, weights, reference=None,
+              beta=0.0, **kwargs):
     """The gradient that `update` steps along, as one vector."""
 
     class Keep:
@@ -173,8 +178,9 @@ def gradients(student, accelerator, prompts, completions, advantages, weights, *
     keep = Keep()
     tokens = sum(len(c.ids) * w for c, w in zip(completions, weights))
     figures = grpo.update(
-        accelerator, student.model, None, keep, prompts, completions, advantages, weights, tokens,
-        student.sampling, beta=0.0, max_grad_norm=1e9, **kwargs,
+        accelerator, student.model, reference, keep,
+        [*map(grpo.Row, prompts, prompts, completions, advantages, weights)], tokens,
+        student.sampling, beta=beta, max_grad_norm=1e9, **kwargs,
     )
     return torch.cat(keep.grads), figures
 
@@ -182,14 +188,14 @@ def gradients(student, accelerator, prompts, completions, advantages, weights, *
 def test_update_follows_the_policy_gradient_row_by_row(student, questions, accelerator):
     """At r_t = 1 the gradient is −1/N Σ A ∇ log π, here with one plain forward per rollout."""
     prompts = mixed_prompts(student, questions)
-    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
     advantages, weights = [0.5, -1.0, 2.0, 7.0], [1.0, 1.0, 1.0, 0.0]
     got, figures = gradients(student, accelerator, prompts, done, advantages, weights)
     assert figures["logp_gap"] < 1e-4
     tokens = sum(len(c.ids) for c in done[:3])
     for prompt, completion, advantage in list(zip(prompts, done, advantages))[:3]:
         n = len(completion.ids)
-        inputs = dict(prompt)
+        inputs = {key: value for key, value in prompt.items() if key != "position_ids"}
         inputs["input_ids"] = torch.cat([prompt["input_ids"], completion.ids[None]], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         zeros = torch.zeros_like(completion.ids)[None]
@@ -205,22 +211,50 @@ def test_update_follows_the_policy_gradient_row_by_row(student, questions, accel
 
 def test_stand_in_row_changes_no_gradient(student, questions, accelerator):
     prompts = mixed_prompts(student, questions)
-    done = grpo.generate(student.model, prompts, [1, 2, 3, 4], student.sampling)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
     rows = (prompts, done, [0.5, -1.0, 2.0, 1.0], [1.0] * 4)
     plain, _ = gradients(student, accelerator, *rows)
     padded, _ = gradients(student, accelerator, *rows, stand_in=ffr.stand_in(student, questions[0]))
     assert (plain - padded).norm() / plain.norm() < 1e-5
 
 
+def test_micro_batches_add_up_to_the_same_gradient(student, questions, accelerator):
+    prompts = mixed_prompts(student, questions)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    rows = (prompts, done, [0.5, -1.0, 2.0, 1.0], [1.0] * 4)
+    whole, figures = gradients(student, accelerator, *rows)
+    for size in (1, 3):
+        parts, others = gradients(student, accelerator, *rows, at_once=size)
+        assert (whole - parts).norm() / whole.norm() < 1e-5
+        assert others["loss"] == pytest.approx(figures["loss"], abs=1e-6)
+
+
+def test_rollouts_without_advantage_cost_nothing_and_change_nothing(
+    student, questions, accelerator, monkeypatch
+):
+    prompts = mixed_prompts(student, questions)
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    rows = (prompts, done, [0.5, 0.0, -1.0, 0.0], [1.0] * 4)
+    score, scored = grpo.token_logps, []
+    monkeypatch.setattr(grpo, "token_logps", lambda *a: scored.append(len(a[1])) or score(*a))
+    left, _ = gradients(student, accelerator, *rows)
+    # A β whose gradient vanishes in fp32 keeps them all.
+    kept, _ = gradients(student, accelerator, *rows, beta=1e-30, reference=student.model)
+    assert scored == [2, 4, 4] and (left - kept).norm() / kept.norm() < 1e-5
+    none, figures = gradients(student, accelerator, prompts, done, [0.0] * 4, [1.0] * 4)
+    assert none.abs().max() == 0 and figures["loss"] == 0
+
+
 def test_second_update_is_clipped_against_the_first_policy(student, questions, accelerator):
     """μ = 2 with a large step: ratios leave 1 ± ε and are counted."""
     prompts = [question.prompt for question in questions[:3]]
-    done = grpo.generate(student.model, prompts, [1, 2, 3], student.sampling)
+    done = sampled(student, prompts, [1, 2, 3], student.sampling)
     optimizer = torch.optim.SGD(student.model.parameters(), lr=1.0)
     reference = type(student.model)(student.model.config)
     reference.load_state_dict(student.model.state_dict())
+    rows = [*map(grpo.Row, prompts, prompts, done, [1.0, -1.0, 2.0])]
     figures = grpo.update(
-        accelerator, student.model, reference.eval(), optimizer, prompts, done, [1.0, -1.0, 2.0],
-        [1.0] * 3, sum(len(c.ids) for c in done), student.sampling, num_updates=2,
+        accelerator, student.model, reference.eval(), optimizer, rows,
+        sum(len(c.ids) for c in done), student.sampling, num_updates=2,
     )
     assert figures["clipped"] > 0 and figures["kl"] > 0

@@ -154,7 +154,7 @@ def step(make_config, accelerator, samples, endpoint, monkeypatch, **settings):
     calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     teach = train.load_teacher(config, samples, "cpu")
     _, (metrics,) = train_once(config, accelerator, samples, teach)
-    return [r for group in groups[0] for r in group], calls[0][6], metrics
+    return [r for group in groups[0] for r in group], [row.advantage for row in calls[0][4]], metrics
 
 
 @pytest.fixture
@@ -190,7 +190,9 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
         assert torch.equal(a.first.completion.logps, b.first.completion.logps)
         if k != marked or cause is None:
             assert a.completion.ids.tolist() == b.completion.ids.tolist()
-            assert torch.equal(a.completion.logps, b.completion.logps) and a.reward == b.reward
+            # One row less in a batch may move the last bits.
+            assert torch.allclose(a.completion.logps, b.completion.logps, atol=1e-5)
+            assert a.reward == b.reward
     hurt = rollouts[marked]
     if cause is None:
         assert repr(hurt.patch) == repr(reference[marked].patch)

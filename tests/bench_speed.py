@@ -1,0 +1,431 @@
+"""How fast is a step, against TRL, the released procedure and the bare model? And what does each
+trick save? `python tests/bench_speed.py` writes `assets/speed.json` and `assets/speed.md`.
+
+All ratios are medians over alternating repeats in one run. The student is a random Qwen3-VL; every
+rollout has exactly as many tokens as the shape says, and every other first answer counts as wrong.
+TRL is an extra: without it that row is left out. `--quick`: small shapes, one repeat.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from bench_memory import Peak  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import data  # noqa: E402
+import ffr  # noqa: E402
+import grpo  # noqa: E402
+import teacher  # noqa: E402
+import train  # noqa: E402
+
+# width, layers: of the text model; vision, depth: of the tower; size: of a frame, in pixels
+HEADLINE = dict(width=256, layers=6, vision=128, depth=4, size=(320, 256), frames=16, G=8, tokens=64,
+                questions=1)
+TINY = dict(width=96, layers=2, vision=64, depth=1, size=(32, 32), frames=16, G=8, tokens=14,
+            questions=4)
+GROWTH = dict(G=(2, 4, 8, 16), frames=(8, 16, 32, 64), tokens=(32, 128, 512))
+
+
+class Clip:
+    """A video in memory: noise, with a time for each frame."""
+    path, fps = "noise", 2.0
+
+    def __init__(self, frames: int, size: tuple, seed: int):
+        noise = torch.Generator().manual_seed(seed)
+        shape = (frames, size[1], size[0], 3)
+        pixels = torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8).numpy()
+        self.images = [Image.fromarray(frame) for frame in pixels]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def seconds(self, index: int) -> float:
+        return index / self.fps
+
+    def frame(self, index: int) -> Image.Image:
+        return self.images[index]
+
+
+def policy(folder: str, shape: dict) -> None:
+    """`grpo.tiny_policy` at this shape's size, for frames of this size."""
+    words = [data.needle_rationale({"moments": [["red", "blue"]] * 8}, 1, 2), *ffr.SUFFIXES.values(),
+             "Evidence temporal Moments Frame Crop Region Guidance look there what happens ?",
+             *(f"<{k / 2 + d:.1f} seconds>" for k in range(64) for d in (0, 0.2, 0.25))]
+    grpo.tiny_policy(folder, words, seed=0)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    text, vision, width = config.text_config, config.vision_config, shape["width"]
+    if width != text.hidden_size:
+        text.update(dict(hidden_size=width, intermediate_size=4 * width, head_dim=32,
+                         num_attention_heads=width // 32, num_key_value_heads=width // 64,
+                         num_hidden_layers=shape["layers"]))
+        text.rope_parameters["mrope_section"] = [6, 5, 5]
+        vision.update(dict(hidden_size=shape["vision"], intermediate_size=4 * shape["vision"],
+                           depth=shape["depth"], num_heads=4, out_hidden_size=width,
+                           deepstack_visual_indexes=[1, 2]))
+        text.layer_types = None
+    torch.manual_seed(0)
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    pixels = shape["size"][0] * shape["size"][1]
+    for part, frames in ((processor.image_processor, 1), (processor.video_processor, 128)):
+        part.size = {"shortest_edge": pixels, "longest_edge": pixels * frames}
+    processor.save_pretrained(folder)
+
+
+def setting(shape: dict, beta=0.0):
+    """A student of this shape, its questions, and what an update needs."""
+    folder = tempfile.mkdtemp()
+    policy(folder, shape)
+    config = train.parse(["--model", folder, "--data", "none", "--prompt", "{question}",
+                          "--max_completion_length", str(shape["tokens"]), "--beta", str(beta),
+                          "--num_rollouts", str(shape["G"]), "--frame_pixels", "1000000",
+                          "--picture_pixels", "1000000", "--precision", "fp32"])
+    accelerator = train.Accelerator(cpu=True)
+    student = train.load_student(config, accelerator)
+    never = student.sampling.suppressed_ids[:1]  # an end that is not sampled: lengths are as given
+    student.sampling = replace(student.sampling, eos_ids=never)
+    questions = []
+    for k in range(shape["questions"]):
+        clip = Clip(shape["frames"], shape["size"], k)
+        sample = data.Sample(f"q{k}", "what happens ?", [], "red", "exact", "noise")
+        question = ffr.Question(sample, clip, [*range(len(clip))], clip.images)
+        questions.append(replace(question, prompt=ffr.encode(student, question)))
+    optimizer = torch.optim.AdamW(student.model.parameters(), 1e-6)
+    return accelerator, student, questions, optimizer
+
+
+def brain(seconds: float, talks: list, _: float) -> list:
+    """A teacher that takes its time and then points at the middle, with a frame and a crop."""
+    time.sleep(seconds)
+    reply = {"error_type": "temporal", "guidance": "look there", "key_frames": [4],
+             "temporal_spans": [[4, 5]]}
+    return [(json.dumps(reply), 1)] * len(talks)
+
+
+@contextlib.contextmanager
+def half_right():
+    """Every other first answer is wrong; a second one is right as often."""
+    score, turns = ffr.score, itertools.cycle((False, True))
+    ffr.score = lambda *_: ffr.Score(float(right := next(turns)), 0.0, right)
+    try:
+        yield
+    finally:
+        ffr.score = score
+
+
+def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
+    """One step of the training loop, without its books. `latency` None: no teacher (plain GRPO)."""
+    c, began = student.config, time.perf_counter()
+    ask = None if latency is None else partial(
+        teacher.diagnose, chat=partial(brain, latency), gate=lambda *_: None, workers=8, num_frames=2)
+    with half_right():
+        groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
+    middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
+    advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
+    rows = [grpo.Row(r.first.prompt, r.prompt, r.completion, a) for r, a in zip(rollouts, advantages)]
+    total = sum(len(r.completion.ids) for r in rollouts)
+    grpo.update(accelerator, student.model, None, optimizer, rows, total, student.sampling,
+                beta=0.0, at_once=c.rollouts_at_once)
+    if clock is not None:
+        clock["round"], clock["update"] = middle - began, time.perf_counter() - middle
+    return rollouts
+
+
+# --- baselines ---
+def released(student, questions, optimizer, latency=0.0):
+    """The released procedure, from its description: pixels repeated for each rollout, the teacher
+    asked and each failed rollout answered again one by one, logits at every position."""
+    model, G, never = student.model, student.config.num_rollouts, student.sampling
+    config = transformers.GenerationConfig(
+        do_sample=True, top_p=never.top_p, max_new_tokens=never.max_tokens, eos_token_id=None,
+        pad_token_id=never.pad_id, suppress_tokens=list(never.suppressed_ids))
+    plain = {k: v for k, v in questions[0].prompt.items() if k != "position_ids"}
+    model.eval()
+    for question in questions:
+        plain = {k: v for k, v in question.prompt.items() if k != "position_ids"}
+        with torch.no_grad():
+            out = model.generate(**plain, generation_config=config, num_return_sequences=G)
+            for k in range(1, G, 2):
+                time.sleep(latency)
+                patch = teacher.EvidencePatch("temporal", "look there", [4], [(4, 5)])
+                again = {k: v for k, v in ffr.encode(student, question, patch).items()
+                         if k != "position_ids"}
+                model.generate(**again, generation_config=config)
+        tokens, length = out, plain["input_ids"].shape[1]
+        batch = {key: value.repeat(G, *[1] * (value.dim() - 1)) for key, value in plain.items()}
+        batch["input_ids"], zeros = tokens, torch.zeros_like(tokens[:, length:])
+        batch["attention_mask"] = torch.ones_like(tokens)
+        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], zeros], 1)
+        logp = model(**batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        logp = logp.gather(-1, tokens[:, 1:, None])[..., 0][:, length - 1 :]
+        advantages = torch.tensor([1.0, -1.0]).repeat(G // 2)
+        (-(logp - logp.detach()).exp() * advantages[:, None]).mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def limit(student, rollouts, optimizer):
+    """The bare model on the same tokens with the same sharing: prefill, decode, prefill of what is
+    new, decode, one forward and backward, the optimizer. Returns it as a function; its inputs are
+    made beforehand."""
+    model, sampling = student.model, student.sampling
+    firsts, repairs = [r.first for r in rollouts], [r for r in rollouts if r.failed]
+    trunks = [r.first.prompt for r in rollouts]
+    distinct = [*{id(p): p for p in trunks}.values()]
+    batch = grpo.stack(distinct, sampling.pad_id)
+    patched = {id(r.prompt): (r.prompt, r.first.prompt) for r in repairs}.values()
+    again, rows = None, torch.tensor([[id(p) for p in distinct].index(id(t)) for t in trunks])
+    if repairs:
+        cut = max(t["input_ids"].shape[1] - grpo.common(p, t) for p, t in patched)
+        again = grpo.stack([grpo.rest(p, t, t["input_ids"].shape[1] - cut) for p, t in patched],
+                           sampling.pad_id)
+        source = torch.tensor([[id(p) for p in distinct].index(id(t)) for _, t in patched])
+        again["attention_mask"] = torch.cat(
+            [batch["attention_mask"][source, :-cut], again["attention_mask"]], 1)
+        each = torch.tensor([[id(p) for p, _ in patched].index(id(r.prompt)) for r in repairs])
+    tokens = torch.cat([r.completion.ids for r in rollouts])
+    packed, real = {}, model.forward
+    model.forward = lambda **inputs: packed.update(inputs) or real(**inputs)
+    grpo.token_logps(model, [r.prompt for r in rollouts], [r.completion.ids for r in rollouts],
+                     sampling, trunks)
+    del model.forward
+
+    def decode(cache, mask, position, ids):
+        for t in range(ids.shape[1] - 1):
+            mask, position = torch.cat([mask, torch.ones_like(ids[:, :1])], 1), position + 1
+            model(input_ids=ids[:, t : t + 1], attention_mask=mask, position_ids=position,
+                  cache=cache, use_cache=True)
+
+    def run():
+        with torch.no_grad():
+            model.eval()
+            out = model(**batch, use_cache=True, logits_to_keep=1)
+            kept = [(layer.keys, layer.values) for layer in out.cache.layers]
+            out.cache.reorder_cache(rows)
+            decode(out.cache, batch["attention_mask"][rows], batch["position_ids"][..., -1:][..., rows, :],
+                   torch.stack([r.completion.ids for r in firsts]))
+            if repairs:
+                cache = transformers.DynamicCache(
+                    [(k[source, :, :-cut], v[source, :, :-cut]) for k, v in kept])
+                model(**again, cache=cache, use_cache=True, logits_to_keep=1)
+                cache.reorder_cache(each)
+                decode(cache, again["attention_mask"][each], again["position_ids"][..., -1:][..., each, :],
+                       torch.stack([r.completion.ids for r in repairs]))
+        logits = model(**packed).logits
+        torch.nn.functional.cross_entropy(logits, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def against_trl(shape: dict, repeats: int) -> dict | None:
+    """TRL's trainer and ours, plain GRPO, on the same pictures as input; seconds and peaks."""
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        print("no trl: that row is left out")
+        return None
+    accelerator, student, questions, optimizer = setting(shape)
+    images = [question.video.images for question in questions]
+    for k, question in enumerate(questions):
+        chat = [{"role": "user", "content": [*[{"type": "image"}] * len(images[k]),
+                                             {"type": "text", "text": "what happens ?"}]}]
+        text = student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        inputs = student.processor(text=[text], images=images[k], return_tensors="pt")
+        question.prompt = grpo.with_positions(student.model, dict(inputs))
+    marks = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            marks[-1] = time.perf_counter() - marks[-1]
+            ours(accelerator, student, questions, optimizer, None, clock := {})
+            mine.append(clock["round"] + clock["update"])
+
+    mine, turns = [], itertools.cycle((0.0, 1.0))
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        student.config.model, dtype=torch.float32)
+    rows = [{"prompt": [{"role": "user", "content": "what happens ?"}], "images": pictures}
+            for pictures in images] * 2 * (repeats + 1)
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape["G"] * shape["questions"],
+        num_generations=shape["G"], max_completion_length=shape["tokens"], beta=0.0, use_cpu=True,
+        bf16=False, max_steps=repeats + 1, report_to=[], save_strategy="no", top_p=0.95,
+        gradient_checkpointing=False, disable_tqdm=True, logging_steps=10**6,
+        generation_kwargs={"min_new_tokens": shape["tokens"]})
+
+    def trainer(callbacks):
+        return GRPOTrainer(
+            model, lambda completions, **_: [next(turns) for _ in completions], args=settings,
+            train_dataset=Dataset.from_list(rows), processing_class=student.processor,
+            callbacks=callbacks)
+
+    trainer([Clock()]).train()
+    times = {"trl": statistics.median(marks[1:]), "ours": statistics.median(mine[1:])}
+    settings.max_steps = 1
+    other = trainer([])
+    with Peak(model) as peak:
+        other.train()
+    with Peak(student.model) as own:
+        ours(accelerator, student, questions, optimizer)
+    return times | {"ratio": times["trl"] / times["ours"], "repeats": repeats,
+                    "trl_peak_MB": peak.bytes / 1e6, "ours_peak_MB": own.bytes / 1e6}
+
+
+# --- measuring ---
+def alternate(repeats: int, **works) -> dict[str, float]:
+    """Median seconds of each, taken in turns, after one round to warm up."""
+    times = {name: [] for name in works}
+    for k in range(repeats + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def compare(shape: dict, repeats: int) -> dict:
+    accelerator, student, questions, optimizer = setting(shape)
+    run = partial(ours, accelerator, student, questions, optimizer)
+    rollouts = run(0.0)
+    old = partial(released, student, questions, optimizer)
+    times = alternate(repeats, ours=partial(run, 0.0), released=old,
+                      limit=limit(student, rollouts, optimizer), ours_200ms=partial(run, 0.2),
+                      released_200ms=partial(old, 0.2))
+    return times | {
+        "vs_released": times["released"] / times["ours"],
+        "vs_released_200ms": times["released_200ms"] / times["ours_200ms"],
+        "vs_limit": times["ours"] / times["limit"], "repeats": repeats,
+        "prompt_tokens": questions[0].prompt["input_ids"].shape[1]}
+
+
+TRICKS = {
+    "one row for a group, one prefill": ("can_share", lambda model: False),
+    "patched prompts go on from the question's": ("prefill", None),
+    "logits of completions only": ("token_logps", None),
+}
+
+
+def savings(shape: dict, repeats: int) -> dict:
+    """Seconds of a step with each trick switched off, over those with all on."""
+    accelerator, student, questions, optimizer = setting(shape)
+    run = partial(ours, accelerator, student, questions, optimizer, 0.0)
+    share, prefill, forward = grpo.can_share, ffr.prefill, type(student.model).forward
+
+    def unshared():
+        grpo.can_share = lambda model: False
+        run()
+        grpo.can_share = share
+
+    def reread():
+        ffr.prefill = lambda model, prompts, sampling, *_: prefill(model, prompts, sampling)
+        run()
+        ffr.prefill = prefill
+
+    def all_logits():
+        def whole(*args, logits_to_keep=0, **inputs):
+            out = forward(student.model, *args, **inputs)
+            kept = isinstance(logits_to_keep, torch.Tensor)
+            out.logits = out.logits[logits_to_keep] if kept else out.logits[:, -1:]
+            return out
+        student.model.forward = whole
+        run()
+        del student.model.forward
+
+    times = alternate(repeats, on=run, unshared=unshared, reread=reread, all_logits=all_logits)
+    return times | {name: times[name] / times["on"] for name in ("unshared", "reread", "all_logits")}
+
+
+def growth(shape: dict, repeats: int) -> list[dict]:
+    """Seconds and peak of a step against G, frames and completion."""
+    rows = []
+    for key, values in GROWTH.items():
+        for value in values:
+            accelerator, student, questions, optimizer = setting(shape | {key: value})
+            run = partial(ours, accelerator, student, questions, optimizer, 0.0)
+            seconds = alternate(repeats, step=run)["step"]
+            with Peak(student.model) as peak:
+                run()
+            rows.append({key: value, "seconds": seconds, "peak_MB": peak.bytes / 1e6})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def profile(shape: dict, repeats: int) -> dict[str, float]:
+    """Shares of a step: where the model's time goes, and what is left for python."""
+    accelerator, student, questions, optimizer = setting(shape)
+    spent, model = dict.fromkeys(("vision", "prefill", "decode", "scoring"), 0.0), student.model
+    forward, vision = type(model).forward, model.model.visual.forward
+
+    def timed(name, work, *args, **kwargs):
+        began = time.perf_counter()
+        out = work(*args, **kwargs)
+        spent[name] += time.perf_counter() - began
+        return out
+
+    def whole(*args, **inputs):
+        name = "scoring" if torch.is_grad_enabled() else "prefill"
+        name = "decode" if inputs["input_ids"].shape[1] == 1 else name
+        before = spent["vision"]
+        out = timed(name, partial(forward, model), *args, **inputs)
+        spent[name] -= spent["vision"] - before
+        return out
+
+    model.forward = whole
+    model.model.visual.forward = partial(timed, "vision", vision)
+    spent |= {"backward": 0.0, "optimizer": 0.0}
+    accelerator.backward = partial(timed, "backward", accelerator.backward)
+    optimizer.step = partial(timed, "optimizer", optimizer.step)
+    ours(accelerator, student, questions, optimizer, 0.0)
+    spent.update(dict.fromkeys(spent, 0.0))
+    began = time.perf_counter()
+    for _ in range(repeats):
+        ours(accelerator, student, questions, optimizer, 0.0)
+    total = time.perf_counter() - began
+    return {k: v / total for k, v in spent.items()} | {
+        "python": 1 - sum(spent.values()) / total, "seconds": total / repeats}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(2)
+    repeats, shapes = 1 if quick else 5, {"headline": HEADLINE, "tiny mode": TINY}
+    if quick:
+        shapes = {"tiny mode": TINY}
+        GROWTH.update(G=(2, 4), frames=(8,), tokens=(32,))
+    result = {"machine": "two threads, fp32", "shapes": shapes}
+    for name, shape in shapes.items():
+        result[name] = compare(shape, repeats) | {
+            "trl": against_trl(shape, repeats), "tricks": savings(shape, repeats),
+            "profile": profile(shape, repeats)}
+        print(name, json.dumps(result[name], indent=1), flush=True)
+    result["growth"] = growth(next(iter(shapes.values())), 1 if quick else 3)
+    if not quick:
+        Path("assets/speed.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
