@@ -416,7 +416,9 @@ def main() -> None:
         if given.arm:
             before = record["rows"].get(name, {})
             differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]
-            print(f"differs from the recorded row in {differ}" if differ else "equal to the record")
+            commits = f"({before.get('commit')}) from this one ({row['commit']})"
+            print(f"the recorded row {commits} differs in {differ}" if differ else
+                  "equal to the record")
         else:
             record["rows"][name] = row
 

@@ -92,6 +92,29 @@ def test_record_table_and_readme_agree():
         assert all(bench.BUDGET <= n < bench.BUDGET * 1.01 for n in found["tokens"])
 
 
+def test_what_the_readme_says_of_the_arms_is_in_the_record():
+    record = json.loads((ROOT / "assets" / "learning.json").read_text())
+    arms, mean = record["arms"], lambda values: sum(values) / len(values)
+    middle, half = bench.interval(arms["FFR"]["unaided"])
+    other, its_half = bench.interval(arms["GRPO"]["unaided"])
+    assert 0 < middle - other < 0.015 < min(half, its_half)  # a draw
+    for far in ("reward only", "reward only, slower", "kappa 0"):
+        worse, wide = bench.interval(arms[far]["unaided"])
+        assert worse + wide < middle - half
+    assert [round(mean(arms["kappa 0"][k]), 2) for k in ("assisted", "unaided")] == [0.65, 0.15]
+    first, last = (mean(arms["FFR"][f"intervention_{k}"]) for k in ("first", "last"))
+    assert round(1 - last / first, 2) == 0.43
+    cells = {name[:-1]: row["unaided"] for name, row in record["rows"].items() if "dial" in name}
+    gains = [value - cells[name.replace("dial FFR", "dial GRPO").replace("0.0003", "8e-05")]
+             for name, value in cells.items() if "FFR" in name]
+    assert len(gains) == 9 and [round(f(gains), 2) for f in (min, max)] == [-0.05, 0.03]
+    for arm, rates in {"GRPO": (0.33, 0.61, 0.54, 0.49, 0.07), "FFR": (0.13, 0.32, 0.42, 0.72, 0.50)}.items():
+        for lr, share in zip(bench.GRID, rates):
+            tried = [record["rows"][bench.name_of(job)]["unaided"] for job in bench.jobs("grid")
+                     if job[1] == arm and job[4] == lr]
+            assert mean(tried) == pytest.approx(share, abs=0.0051)
+
+
 @pytest.mark.slow
 def test_a_row_is_the_same_when_it_is_run_again():
     def row():
