@@ -45,7 +45,7 @@ class Case:
     options: list[str]
     answer: str
     response: str
-    video: Sized  # a clip: len() of it, `seconds(i)` and `frame(i)` of an original frame
+    video: Sized  # a hashable clip: len(), `seconds(i)` and `frame(i)` of an original frame
 
 
 class Region(NamedTuple):
