@@ -76,7 +76,7 @@ def policy(folder: str, shape: dict) -> None:
         vision.update(dict(hidden_size=shape["vision"], intermediate_size=4 * shape["vision"],
                            depth=shape["depth"], num_heads=4, out_hidden_size=width,
                            deepstack_visual_indexes=[1, 2]))
-        text.layer_types = None
+        text.layer_types = ["full_attention"] * shape["layers"]
     torch.manual_seed(0)
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
