@@ -200,15 +200,16 @@ def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None
     read; what they have in common is not read again. `model` is unwrapped, and left in eval."""
     model.eval()
     pairs = [*{id(p): (p, trunk) for p, trunk in zip(prompts, trunks or prompts)}.values()]
-    batch, cache = stack([p for p, _ in pairs], sampling.pad_id), None
+    parts, cache = [p for p, _ in pairs], None
     if seen is not None and can_share(model):
         cut = max(trunk["input_ids"].shape[1] - common(p, trunk) for p, trunk in pairs)
         rows = torch.tensor([seen.row[id(trunk)] for _, trunk in pairs], device=seen.mask.device)
         cache = deepcopy(seen.cache)
         cache.reorder_cache(rows)
         cache.crop(-cut)
-        batch = stack([rest(p, trunk, trunk["input_ids"].shape[1] - cut) for p, trunk in pairs],
-                      sampling.pad_id)
+        parts = [rest(p, trunk, trunk["input_ids"].shape[1] - cut) for p, trunk in pairs]
+    batch = stack(parts, sampling.pad_id)
+    if cache is not None:
         batch["attention_mask"] = torch.cat([seen.mask[rows, :-cut], batch["attention_mask"]], 1)
     out = model(**batch, cache=cache, use_cache=True, logits_to_keep=1)
     return Prefill(prompts, {id(p): k for k, (p, _) in enumerate(pairs)}, out.cache,
@@ -308,8 +309,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
 
 
 class Row(NamedTuple):
-    """A rollout in the update. `trunk`: the prompt that all of its group's begin with. `weight`: 1,
-    or 0 for one that only keeps the processes in step."""
+    """A rollout in the update; its group's prompts begin as `trunk`. `weight` 0 trains nothing."""
     trunk: dict
     prompt: dict
     completion: Completion
