@@ -1,5 +1,5 @@
 """How fast is a step, against TRL, the released procedure and the bare model? And what does each
-trick save? `python tests/bench_speed.py` writes `assets/speed.json` and `assets/speed.md`.
+trick save? `python tests/bench_speed.py` writes `assets/speed.json`.
 
 All ratios are medians over alternating repeats in one run. The student is a random Qwen3-VL; every
 rollout has exactly as many tokens as the shape says, and every other first answer counts as wrong.
@@ -111,8 +111,8 @@ def setting(shape: dict, beta=0.0):
 def brain(seconds: float, talks: list, _: float) -> list:
     """A teacher that takes its time and then points at the middle, with a frame and a crop."""
     time.sleep(seconds)
-    reply = {"error_type": "temporal", "guidance": "look there", "key_frames": [4],
-             "temporal_spans": [[4, 5]]}
+    patch = {"content": "look there", "key_frames": [4], "temporal_markers": [[4, 5]]}
+    reply = {"error_classification": "temporal", "evidence_patch": patch}
     return [(json.dumps(reply), 1)] * len(talks)
 
 
@@ -135,6 +135,7 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     with half_right():
         groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
     middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
+    assert latency is None or sum(r.failed is not None for r in rollouts) == len(rollouts) // 2
     advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
     rows = [grpo.Row(r.first.prompt, r.prompt, r.completion, a) for r, a in zip(rollouts, advantages)]
     total = sum(len(r.completion.ids) for r in rollouts)
@@ -153,7 +154,6 @@ def released(student, questions, optimizer, latency=0.0):
     config = transformers.GenerationConfig(
         do_sample=True, top_p=never.top_p, max_new_tokens=never.max_tokens, eos_token_id=None,
         pad_token_id=never.pad_id, suppress_tokens=list(never.suppressed_ids))
-    plain = {k: v for k, v in questions[0].prompt.items() if k != "position_ids"}
     model.eval()
     for question in questions:
         plain = {k: v for k, v in question.prompt.items() if k != "position_ids"}
@@ -318,13 +318,6 @@ def compare(shape: dict, repeats: int) -> dict:
         "prompt_tokens": questions[0].prompt["input_ids"].shape[1]}
 
 
-TRICKS = {
-    "one row for a group, one prefill": ("can_share", lambda model: False),
-    "patched prompts go on from the question's": ("prefill", None),
-    "logits of completions only": ("token_logps", None),
-}
-
-
 def savings(shape: dict, repeats: int) -> dict:
     """Seconds of a step with each trick switched off, over those with all on."""
     accelerator, student, questions, optimizer = setting(shape)
@@ -352,7 +345,7 @@ def savings(shape: dict, repeats: int) -> dict:
         del student.model.forward
 
     times = alternate(repeats, on=run, unshared=unshared, reread=reread, all_logits=all_logits)
-    return times | {name: times[name] / times["on"] for name in ("unshared", "reread", "all_logits")}
+    return {name: seconds / times["on"] for name, seconds in times.items()}
 
 
 def growth(shape: dict, repeats: int) -> list[dict]:
