@@ -10,8 +10,7 @@ returns for one conversation, some (1, L), others (pixels, grids) with their own
 
 import os
 import re
-from collections import Counter
-from copy import deepcopy
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ class Completion:
 
 # --- prompts: the same video is read once ---
 CHUNK = 1024  # tokens whose fp32 logits are held at once
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "branch", "kept")
+PER_TOKEN = "input_ids attention_mask mm_token_type_ids position_ids branch parent".split()
 
 
 def with_positions(model, inputs: dict) -> dict:
@@ -112,6 +111,14 @@ def can_share(model) -> bool:
     return text._attn_implementation == "sdpa" and layers == {"full_attention"}
 
 
+def in_rows(model, trunks: list[dict]) -> list[list[int]]:
+    """Which prompts stand in one row: those that begin as the same trunk."""
+    rows, shared = {}, can_share(model)
+    for i, trunk in enumerate(trunks):
+        rows.setdefault(id(trunk) if shared else i, []).append(i)
+    return [*rows.values()]
+
+
 def common(*prompts: dict) -> int:
     """How many tokens all begin with, less the last one of each."""
     return len(os.path.commonprefix([p["input_ids"][0, :-1].tolist() for p in prompts]))
@@ -119,43 +126,54 @@ def common(*prompts: dict) -> int:
 
 def rest(prompt: dict, trunk: dict, n: int) -> dict:
     """What a prompt has after its first n tokens; all of `trunk`'s videos stand in these."""
-    parts = {key: value[..., n:] if key in PER_TOKEN else value[len(trunk.get(key, ())) :]
-             for key, value in prompt.items()}
-    return {key: value for key, value in parts.items() if value.numel()}
+    parts = {key: x[..., n:] if key in PER_TOKEN else x[len(trunk.get(key, ())) :]
+             for key, x in prompt.items()}
+    return {key: x for key, x in parts.items() if x.numel()}
 
 
 def pack(trunk: dict, prompts: list[dict], ids: list[Tensor]) -> dict:
-    """A row (1, N) of several rollouts: what their prompts and `trunk` begin with, once, then a
-    branch for each: the rest of its prompt, and its completion. `branch`: 1 in the trunk, 2 and
-    more in the branches; `kept`: where the next token is a completion's."""
-    n = common(trunk, *prompts)
-    row = {key: value[..., :n] if key in PER_TOKEN else value for key, value in trunk.items()}
-    row |= {key: torch.full_like(row["input_ids"], key == "branch") for key in ("branch", "kept")}
-    parts = [row]
-    for number, (prompt, tail) in enumerate(zip(prompts, ids), 2):
-        part, t = rest(prompt, trunk, n), len(tail)
-        for key in part.keys() & {*PER_TOKEN}:
-            part[key] = pad(part[key], (0, t))
-        part["input_ids"][:, -t:] = tail
-        part["position_ids"][..., -t:] = part["position_ids"][..., [-t - 1]]
-        part["position_ids"][..., -t:] += torch.arange(1, t + 1, device=tail.device)
-        part |= {"branch": torch.full_like(part["input_ids"], number),
-                 "kept": torch.zeros_like(part["input_ids"])}
-        part["kept"][:, -t - 1 : -1] = 1
-        parts.append(part)
-    return {key: torch.cat([p[key] for p in parts if key in p], -1 if key in PER_TOKEN else 0)
+    """A row (1, N) that holds a tree: what `trunk` and all prompts begin with; what else a prompt
+    has before its last token, once however often it is given; then leaves, for each prompt its
+    last token and `ids`. `branch`: 1 in the trunk, above 1 in a prompt's part, below 0 in a leaf;
+    `parent`: the branch that it goes on from."""
+    def labelled(part: dict, **labels: int) -> dict:
+        return part | {key: torch.full_like(part["input_ids"], k) for key, k in labels.items()}
+    n, own, leaves = common(trunk, *prompts), {}, []
+    head = {key: x[..., :n] if key in PER_TOKEN else x for key, x in trunk.items()}
+    parts = [labelled(head, branch=1, parent=1)]
+    for k, (prompt, tail) in enumerate(zip(prompts, ids), 2):
+        part, number = rest(prompt, trunk, n), own.setdefault(id(prompt), k)
+        leaf = {key: pad(part[key][..., -1:], (0, len(tail))) for key in part if key in PER_TOKEN}
+        leaf["input_ids"][:, 1:] = tail
+        leaf["position_ids"] = leaf["position_ids"][..., :1] + torch.arange(len(tail) + 1).to(tail)
+        leaves.append(labelled(leaf, branch=-k, parent=number))
+        if number == k:
+            part = {key: x[..., :-1] if key in PER_TOKEN else x for key, x in part.items()}
+            parts.append(labelled(part, branch=k, parent=1))
+    return join([*parts, *leaves], -1)
+
+
+def join(parts: list[dict], dim: int) -> dict:
+    """What there is for each token along `dim`; pixels and grids one after another."""
+    return {key: torch.cat([p[key] for p in parts if key in p], dim if key in PER_TOKEN else 0)
             for key in dict.fromkeys(key for p in parts for key in p)}
 
 
-def stack(rows: list[dict], pad_id: int) -> dict:
-    """Rows as a batch: per token (…, 1, L) left-padded to (…, B, L), pixels and grids joined."""
-    longest, batch = max(row["input_ids"].shape[1] for row in rows), {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values, fill = [row[key] for row in rows if key in row], pad_id * (key == "input_ids")
-        if key in PER_TOKEN:
-            values = [pad(x, (longest - x.shape[-1], 0), value=fill) for x in values]
-        batch[key] = torch.cat(values, -2 if key in PER_TOKEN else 0)
-    return batch
+def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
+    """Packed rows as a left-padded batch (B, L) for a model whose cache holds tokens labelled
+    `before` (B, N − L). Also: which tokens are of leaves (B, L), and what each one sees (B, L, N):
+    the trunk, its own branch and that one's parent, up to itself."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    batch = join([{key: pad(x, (longest - x.shape[-1], 0)) if key in PER_TOKEN else x
+                   for key, x in row.items()} for row in rows], -2)
+    branch, parent = batch.pop("branch"), batch.pop("parent")
+    keys = branch if before is None else torch.cat([before, branch], 1)
+    sees = (keys == 1)[:, None] | (keys[:, None] == branch[..., None])
+    sees = (sees | (keys[:, None] == parent[..., None])).tril(keys.shape[1] - longest)
+    alone = (branch.amin(1) == -2).all()  # one leaf in each row: any attention kernel can do it
+    batch["attention_mask"] = (keys != 0).long() if alone else sees[:, None]
+    batch["input_ids"].masked_fill_(branch == 0, pad_id)
+    return batch, branch < 0, sees
 
 
 def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -181,70 +199,75 @@ def sample(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
     return token, logp.gather(-1, token), entropy
 
 
-@dataclass
-class Prefill:
-    """What a model has read: prompts, by identity the row that each has in the cache, what is no
-    padding (P, L), where rows end (…, P, 1), and the logits of what comes next (P, V)."""
-    prompts: list[dict]
-    row: dict[int, int]
-    cache: object
-    mask: Tensor
-    position: Tensor
-    logits: Tensor
+Prefill = namedtuple("Prefill", "prompts cache row sees position logits")
 
 
 @torch.no_grad()
 def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None = None,
             trunks: list[dict] = ()) -> Prefill:
-    """Read prompts, each once however often it is given. `trunks`: for each one that `seen` has
-    read; what they have in common is not read again. `model` is unwrapped, and left in eval."""
+    """Read S prompts, each once however often it is given. `trunks`: for each one that `seen` has
+    read; what they have in common is not read again, and `seen` is used up. `model` is unwrapped,
+    and left in eval. Returns them and the cache; for each its `row` there (S,); what its last
+    token `sees` of that (S, N), and its `position` (…, S); the `logits` after it (S, V)."""
     model.eval()
     pairs = [*{id(p): (p, trunk) for p, trunk in zip(prompts, trunks or prompts)}.values()]
-    parts, cache = [p for p, _ in pairs], None
+    groups, before, cache = in_rows(model, [trunk for _, trunk in pairs]), None, None
+    heads = [pairs[group[0]][1] for group in groups]
+    rows = [pack(head, [pairs[i][0] for i in group], [head["input_ids"][0, :0]] * len(group))
+            for head, group in zip(heads, groups)]
     if seen is not None and can_share(model):
+        known = [[*map(id, seen.prompts)].index(id(head)) for head in heads]
         cut = max(trunk["input_ids"].shape[1] - common(p, trunk) for p, trunk in pairs)
-        rows = torch.tensor([seen.row[id(trunk)] for _, trunk in pairs], device=seen.mask.device)
-        cache = deepcopy(seen.cache)
-        cache.reorder_cache(rows)
-        cache.crop(-cut)
-        parts = [rest(p, trunk, trunk["input_ids"].shape[1] - cut) for p, trunk in pairs]
-    batch = stack(parts, sampling.pad_id)
-    if cache is not None:
-        batch["attention_mask"] = torch.cat([seen.mask[rows, :-cut], batch["attention_mask"]], 1)
-    out = model(**batch, cache=cache, use_cache=True, logits_to_keep=1)
-    return Prefill(prompts, {id(p): k for k, (p, _) in enumerate(pairs)}, out.cache,
-                   batch["attention_mask"], batch["position_ids"][..., -1:], out.logits[:, -1])
+        rows = [rest(row, head, head["input_ids"].shape[1] - cut) for row, head in zip(rows, heads)]
+        before, cache = seen.sees[known, :-cut].long(), seen.cache
+        cache.crop(before.shape[1] - cache.get_seq_length())
+        cache.reorder_cache(seen.row[known])
+    batch, leaf, sees = stack(rows, sampling.pad_id, before)
+    out = model(**batch, cache=cache, use_cache=True, logits_to_keep=leaf)
+    order = [id(pairs[i][0]) for group in groups for i in group]
+    each = [order.index(id(prompt)) for prompt in prompts]
+    row, column = leaf.nonzero()[each].T
+    sees, position = sees[row, column], batch["position_ids"][..., row, column]
+    if not can_share(model):  # from here on each has a row of its own
+        out.cache.reorder_cache(row)
+        row = torch.arange(len(row), device=row.device)
+    return Prefill(prompts, out.cache, row, sees, position, out.logits[each])
 
 
 @torch.no_grad()
 def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
              synced: bool = False) -> list[Completion]:
-    """Sample a completion of each of `read.prompts`, in one batch, each from a seed of its own:
-    leaving one out changes nothing for the others. `synced` (sharded parameters): step until every
-    rank is done."""
-    device = read.logits.device
+    """Sample a completion of each prompt, in one batch, each from a seed of its own: leaving one
+    out changes nothing for the others. Those of a row go on side by side, K tokens a step, each
+    seeing what it has read and its own. `synced` (sharded parameters): step until every rank is
+    done."""
+    row, logits, device = read.row, read.logits, read.row.device
     chances = torch.stack([
         torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
-        for seed in seeds], 1).to(device)  # (T, B, 1)
-    rows = torch.tensor([read.row[id(prompt)] for prompt in read.prompts], device=device)  # (B,)
-    cache = deepcopy(read.cache)  # another group of prompts may go on from it
-    cache.reorder_cache(rows)
-    logits, mask, position = read.logits[rows], read.mask[rows], read.position[..., rows, :]
+        for seed in seeds], 1).to(device)  # (T, S, 1)
+    slot = (row[:, None] == row).tril(-1).sum(1)  # (S,), which of its row's K
+    R, K = int(row.max()) + 1, int(slot.max()) + 1
+    ids = torch.zeros(R, K, dtype=torch.long, device=device)
+    position = read.position.new_zeros(*read.position.shape[:-1], R, K)
+    sees = read.sees.new_zeros(R, K, read.sees.shape[1])
+    position[..., row, slot], sees[row, slot] = read.position, read.sees
+    itself = torch.eye(K, dtype=torch.bool, device=device).expand(R, K, K)
     eos, sampled = torch.tensor(sampling.eos_ids, device=device), []
-    going, lengths = torch.ones_like(rows), torch.zeros_like(rows)  # (B,), going: 0 after an EOS
+    going, lengths = torch.ones_like(row), torch.zeros_like(row)  # (S,), going: 0 after an EOS
     for chance in chances:
         sampled.append(sample(logits, chance, sampling))
-        token, lengths = sampled[-1][0], lengths + going
-        going = going * ~torch.isin(token[:, 0], eos)
+        ids[row, slot], lengths = sampled[-1][0][:, 0], lengths + going
+        going = going * ~torch.isin(ids[row, slot], eos)
         more = going.max()
         if synced:
             torch.distributed.all_reduce(more, torch.distributed.ReduceOp.MAX)
         if not more or len(sampled) == sampling.max_tokens:
             break
-        mask, position = torch.cat([mask, torch.ones_like(token)], 1), position + 1
-        logits = model(input_ids=token, attention_mask=mask, position_ids=position, cache=cache,
-                       use_cache=True).logits[:, -1]
-    parts = [torch.cat(values, 1) for values in zip(*sampled)]  # each (B, T)
+        position, sees = position + 1, torch.cat([sees, itself], -1)
+        mask = sees[:, None] if K > 1 else sees[:, 0].long()
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position,
+                       cache=read.cache, use_cache=True).logits[row, slot]
+    parts = [torch.cat(values, 1) for values in zip(*sampled)]  # each (S, T)
     return [Completion(*(part[k, :n] for part in parts), not unended)
             for k, (n, unended) in enumerate(zip(lengths.tolist(), going.tolist()))]
 
@@ -257,29 +280,21 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
     only completions get logits."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
-    trunks, among = trunks or prompts, {}
-    for i, trunk in enumerate(trunks):
-        among.setdefault(id(trunk) if can_share(model) else i, []).append(i)
-    order = sum(among.values(), [])
-    batch = stack([pack(trunks[of[0]], [prompts[i] for i in of], [ids[i] for i in of])
-                   for of in among.values()], sampling.pad_id)
-    branch, kept = batch.pop("branch"), batch.pop("kept").bool()  # (rows, N)
-    batch["attention_mask"] = (branch > 0).long()
-    if len(among) < len(ids):
-        visible = (branch[:, None] == 1) | (branch[:, None] == branch[..., None])
-        batch["attention_mask"] = visible.tril()[:, None]  # (rows, 1, N, N)
-    logits = model(**batch, logits_to_keep=kept, use_cache=False).logits  # (Σ T, V)
+    trunks, groups = trunks or prompts, in_rows(model, trunks or prompts)
+    rows = [pack(trunks[group[0]], [prompts[i] for i in group], [ids[i][:-1] for i in group])
+            for group in groups]
+    batch, leaf, _ = stack(rows, sampling.pad_id)
+    logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
+    order = [i for group in groups for i in group]
     tokens = torch.cat([ids[i] for i in order])
-    flat = torch.cat([checkpoint(_chosen_logps, *part, sampling, use_reentrant=False)
+    def chosen(logits: Tensor, tokens: Tensor) -> Tensor:  # (N, V), (N,) → (N,)
+        return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    # In parts, and computed again backward: fp32 logits of all are large.
+    flat = torch.cat([checkpoint(chosen, *part, use_reentrant=False)
                       for part in zip(logits.split(CHUNK), tokens.split(CHUNK))])
     logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
     mask = pad_sequence([torch.ones_like(logps[i]) for i in range(len(ids))], True)
     return pad_sequence([logps[i] for i in range(len(ids))], True), mask
-
-
-def _chosen_logps(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
-    """(N, V), (N,) → (N,). In parts, and computed again backward: fp32 logits of all are large."""
-    return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ TRL is an extra: without it that row is left out. `--quick`: small shapes, one r
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import statistics
@@ -68,6 +69,7 @@ def policy(folder: str, shape: dict) -> None:
     grpo.tiny_policy(folder, words, seed=0)
     config = transformers.AutoConfig.from_pretrained(folder)
     text, vision, width = config.text_config, config.vision_config, shape["width"]
+    text.vocab_size = shape.get("vocab", text.vocab_size)  # ids beyond the words are no words
     if width != text.hidden_size:
         text.update(dict(hidden_size=width, intermediate_size=4 * width, head_dim=32,
                          num_attention_heads=width // 32, num_key_value_heads=width // 64,
@@ -109,11 +111,12 @@ def setting(shape: dict, beta=0.0):
 
 
 def brain(seconds: float, talks: list, _: float) -> list:
-    """A teacher that takes its time and then points at the middle, with a frame and a crop."""
+    """A teacher that takes its time and then points at a moment, each time at another, by a frame."""
     time.sleep(seconds)
-    patch = {"content": "look there", "key_frames": [4], "temporal_markers": [[4, 5]]}
-    reply = {"error_classification": "temporal", "evidence_patch": patch}
-    return [(json.dumps(reply), 1)] * len(talks)
+    patches = [{"content": "look there", "key_frames": [k % 8], "temporal_markers": [[k % 8, k % 8 + 1]]}
+               for k in range(len(talks))]
+    return [(json.dumps({"error_classification": "temporal", "evidence_patch": patch}), 1)
+            for patch in patches]
 
 
 @contextlib.contextmanager
@@ -161,7 +164,7 @@ def released(student, questions, optimizer, latency=0.0):
             out = model.generate(**plain, generation_config=config, num_return_sequences=G)
             for k in range(1, G, 2):
                 time.sleep(latency)
-                patch = teacher.EvidencePatch("temporal", "look there", [4], [(4, 5)])
+                patch = teacher.EvidencePatch("temporal", "look there", [k], [(k, k + 1)])
                 again = {k: v for k, v in ffr.encode(student, question, patch).items()
                          if k != "position_ids"}
                 model.generate(**again, generation_config=config)
@@ -179,59 +182,36 @@ def released(student, questions, optimizer, latency=0.0):
     optimizer.zero_grad()
 
 
-def limit(student, rollouts, optimizer):
-    """The bare model on the same tokens with the same sharing: prefill, decode, prefill of what is
-    new, decode, one forward and backward, the optimizer. Returns it as a function; its inputs are
-    made beforehand."""
-    model, sampling = student.model, student.sampling
-    firsts, repairs = [r.first for r in rollouts], [r for r in rollouts if r.failed]
-    trunks = [r.first.prompt for r in rollouts]
-    distinct = [*{id(p): p for p in trunks}.values()]
-    batch = grpo.stack(distinct, sampling.pad_id)
-    patched = {id(r.prompt): (r.prompt, r.first.prompt) for r in repairs}.values()
-    again, rows = None, torch.tensor([[id(p) for p in distinct].index(id(t)) for t in trunks])
-    if repairs:
-        cut = max(t["input_ids"].shape[1] - grpo.common(p, t) for p, t in patched)
-        again = grpo.stack([grpo.rest(p, t, t["input_ids"].shape[1] - cut) for p, t in patched],
-                           sampling.pad_id)
-        source = torch.tensor([[id(p) for p in distinct].index(id(t)) for _, t in patched])
-        again["attention_mask"] = torch.cat(
-            [batch["attention_mask"][source, :-cut], again["attention_mask"]], 1)
-        each = torch.tensor([[id(p) for p, _ in patched].index(id(r.prompt)) for r in repairs])
-    tokens = torch.cat([r.completion.ids for r in rollouts])
-    packed, real = {}, model.forward
-    model.forward = lambda **inputs: packed.update(inputs) or real(**inputs)
-    grpo.token_logps(model, [r.prompt for r in rollouts], [r.completion.ids for r in rollouts],
-                     sampling, trunks)
+def limit(student, optimizer, step):
+    """The bare model on the same tokens with the same sharing: the calls of one step, kept with
+    their inputs, made again with nothing between them but the backward and the optimizer."""
+    model, calls = student.model, []
+    forward = type(model).forward
+
+    def keep(cache=None, **inputs):
+        kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        calls.append((kept, cache and cache.get_seq_length(), torch.is_grad_enabled()))
+        return forward(model, cache=cache, **inputs)
+
+    model.forward = keep
+    step()
     del model.forward
 
-    def decode(cache, mask, position, ids):
-        for t in range(ids.shape[1] - 1):
-            mask, position = torch.cat([mask, torch.ones_like(ids[:, :1])], 1), position + 1
-            model(input_ids=ids[:, t : t + 1], attention_mask=mask, position_ids=position,
-                  cache=cache, use_cache=True)
-
-    def run():
-        with torch.no_grad():
-            model.eval()
-            out = model(**batch, use_cache=True, logits_to_keep=1)
-            kept = [(layer.keys, layer.values) for layer in out.cache.layers]
-            out.cache.reorder_cache(rows)
-            decode(out.cache, batch["attention_mask"][rows], batch["position_ids"][..., -1:][..., rows, :],
-                   torch.stack([r.completion.ids for r in firsts]))
-            if repairs:
-                cache = transformers.DynamicCache(
-                    [(k[source, :, :-cut], v[source, :, :-cut]) for k, v in kept])
-                model(**again, cache=cache, use_cache=True, logits_to_keep=1)
-                cache.reorder_cache(each)
-                decode(cache, again["attention_mask"][each], again["position_ids"][..., -1:][..., each, :],
-                       torch.stack([r.completion.ids for r in repairs]))
-        logits = model(**packed).logits
-        torch.nn.functional.cross_entropy(logits, tokens).backward()
+    def again():
+        cache = None
+        for inputs, length, trained in calls:
+            if trained:
+                logits = model(**inputs).logits
+                torch.nn.functional.cross_entropy(logits, logits.argmax(1)).backward()
+                continue
+            with torch.no_grad():
+                if length and length < cache.get_seq_length():  # a patched prompt goes on
+                    cache.crop(length - cache.get_seq_length())
+                cache = model(**inputs, cache=cache if length else None).cache
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    return again
 
 
 def against_trl(shape: dict, repeats: int) -> dict | None:
@@ -306,10 +286,9 @@ def alternate(repeats: int, **works) -> dict[str, float]:
 def compare(shape: dict, repeats: int) -> dict:
     accelerator, student, questions, optimizer = setting(shape)
     run = partial(ours, accelerator, student, questions, optimizer)
-    rollouts = run(0.0)
     old = partial(released, student, questions, optimizer)
     times = alternate(repeats, ours=partial(run, 0.0), released=old,
-                      limit=limit(student, rollouts, optimizer), ours_200ms=partial(run, 0.2),
+                      limit=limit(student, optimizer, partial(run, 0.0)), ours_200ms=partial(run, 0.2),
                       released_200ms=partial(old, 0.2))
     return times | {
         "vs_released": times["released"] / times["ours"],
@@ -329,6 +308,16 @@ def savings(shape: dict, repeats: int) -> dict:
         run()
         grpo.can_share = share
 
+    def copied():  # a copy of the cache for each rollout, as `generate` would have it
+        ffr.prefill = lambda *args: each(prefill(*args))
+        run()
+        ffr.prefill = prefill
+
+    def each(read):
+        cache = copy.deepcopy(read.cache)  # the question's is read on from
+        cache.reorder_cache(read.row)
+        return read._replace(cache=cache, row=torch.arange(len(read.row)))
+
     def reread():
         ffr.prefill = lambda model, prompts, sampling, *_: prefill(model, prompts, sampling)
         run()
@@ -337,14 +326,15 @@ def savings(shape: dict, repeats: int) -> dict:
     def all_logits():
         def whole(*args, logits_to_keep=0, **inputs):
             out = forward(student.model, *args, **inputs)
-            kept = isinstance(logits_to_keep, torch.Tensor)
-            out.logits = out.logits[logits_to_keep] if kept else out.logits[:, -1:]
+            if isinstance(logits_to_keep, torch.Tensor):
+                out.logits = out.logits[logits_to_keep]
             return out
         student.model.forward = whole
         run()
         del student.model.forward
 
-    times = alternate(repeats, on=run, unshared=unshared, reread=reread, all_logits=all_logits)
+    times = alternate(repeats, on=run, unshared=unshared, copied=copied, reread=reread,
+                      all_logits=all_logits)
     return {name: seconds / times["on"] for name, seconds in times.items()}
 
 
@@ -377,7 +367,7 @@ def profile(shape: dict, repeats: int) -> dict[str, float]:
 
     def whole(*args, **inputs):
         name = "scoring" if torch.is_grad_enabled() else "prefill"
-        name = "decode" if inputs["input_ids"].shape[1] == 1 else name
+        name = "decode" if inputs.get("logits_to_keep") is None else name
         before = spent["vision"]
         out = timed(name, partial(forward, model), *args, **inputs)
         spent[name] -= spent["vision"] - before
@@ -411,11 +401,15 @@ def main() -> None:
         GROWTH.update(G=(2, 4), frames=(8,), tokens=(32,))
     result = {"machine": "two threads, fp32", "shapes": shapes}
     for name, shape in shapes.items():
-        result[name] = compare(shape, repeats) | {
-            "trl": against_trl(shape, repeats), "tricks": savings(shape, repeats),
-            "profile": profile(shape, repeats)}
-        print(name, json.dumps(result[name], indent=1), flush=True)
-    result["growth"] = growth(next(iter(shapes.values())), 1 if quick else 3)
+        row = result[name] = compare(shape, repeats)
+        row["trl"] = against_trl(shape, repeats)
+        row["vs_trl"] = row["trl"] and row["trl"]["ratio"]
+        row["tricks"] = savings(shape, repeats)
+        row["profile"] = profile(shape, repeats)
+        print(name, json.dumps(row, indent=1), flush=True)
+    shape = next(iter(shapes.values()))
+    result["tricks, 32,768 words"] = savings(shape | {"vocab": 32768}, 1 if quick else 3)
+    result["growth"] = growth(shape, 1 if quick else 3)
     if not quick:
         Path("assets/speed.json").write_text(json.dumps(result, indent=1) + "\n")
 
