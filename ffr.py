@@ -12,15 +12,18 @@ A τ* is on-policy under a different observation: its tokens are scored under th
 for π_θ, π_old and π_ref alike. Source: FFR §Method.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import re
+import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -381,3 +384,45 @@ def add_rows(accelerator, file: Path, rows: list[dict]) -> None:
     if accelerator.is_main_process:
         with open(file, "a", encoding="utf-8") as opened:
             opened.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+# --- `python ffr.py VIDEO`: why did my model get this video wrong? ---
+def explain(arguments: list[str]) -> None:
+    """One round on a video of one's own: prints what is repaired and draws it as OUT/why.png."""
+    import train  # which imports this file
+
+    parser = argparse.ArgumentParser("ffr.py", allow_abbrev=False, description=explain.__doc__,
+                                     epilog="Other settings: those of `python train.py --help`.")
+    parser.add_argument("video")
+    for name in ("--question", "--answer", "--model"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--options", nargs="*", default=[], help="as 'A. a dog' 'B. a cat'")
+    parser.add_argument("--problem_type", choices=SUFFIXES, help="else by whether there are options")
+    x, others = parser.parse_known_args(arguments)
+    config = train.parse([*others, "--model", x.model, "--data", x.video])
+    kind = x.problem_type or ("multiple choice" if x.options else "free-form")
+    sample = Sample("video", x.question, x.options, x.answer, kind, x.video)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    try:
+        student = train.load_student(config, accelerator)
+        teach = train.load_teacher(config, [sample], accelerator.device)
+        question = open_question(student, sample)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"ffr.py: {error}") from error
+    (group,) = find_fix_reason(student, [question], config.num_rollouts, teach, config.kappa,
+                               config.lam, (config.seed,))
+    repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
+    print(f"{sum(r.first.score.correct for r in group)} of {len(group)} first answers are right, "
+          f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
+    for cause in {f"No patch ({r.error.cause}): {r.error}" for r in group if r.error}:
+        print(cause)
+    for repair in repairs[:1]:
+        text, picture = draw_repair(question, repair, config.kappa, config.lam)
+        file = Path(config.out, "why.png")
+        picture.save(file)
+        print(f"\n{text}\nAs a picture: {file}")
+
+
+if __name__ == "__main__":
+    sys.modules["ffr"] = sys.modules["__main__"]
+    explain(sys.argv[1:])
