@@ -397,7 +397,7 @@ def explain(arguments: list[str]) -> None:
     for name in ("--question", "--answer", "--model"):
         parser.add_argument(name, required=True)
     parser.add_argument("--options", nargs="*", default=[], help="as 'A. a dog' 'B. a cat'")
-    parser.add_argument("--problem_type", choices=SUFFIXES, help="else by whether there are options")
+    parser.add_argument("--problem_type", choices=SUFFIXES, help="else by the options")
     x, others = parser.parse_known_args(arguments)
     config = train.parse([*others, "--model", x.model, "--data", x.video])
     kind = x.problem_type or ("multiple choice" if x.options else "free-form")

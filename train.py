@@ -30,14 +30,14 @@ import grpo
 import teacher
 
 
-def setting(default, text: str, group=""):
-    return field(default=default, metadata={"help": text, "group": group})
+def setting(default, text: str):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Config:
     """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
-    model: str = setting("", "student: folder or hub name of a video VLM; empty: tiny mode", "data and output")
+    model: str = setting("", "student: folder or hub name of a video VLM; empty: tiny mode")
     data: str = setting("", "training records, .json or .jsonl in Video-R1's format")
     video_root: str = setting("", "folder the records' paths start from; empty: the file's own")
     skip: str = setting("", "list of records to leave out, as `python data.py` writes it (ours)")
@@ -46,7 +46,7 @@ class Config:
     seed: int = setting(0, "of everything random (ours)")
     resume: bool = setting(False, "go on with the run in --out, if there is one (ours)")
     eval_only: bool = setting(False, "measure --model on --data, train nothing (ours)")
-    method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)", "the teacher")
+    method: Literal["ffr", "grpo"] = setting("ffr", "grpo has no teacher (ours)")
     teacher: Literal["scripted", "local", "remote"] = setting("scripted", "the teacher's brain")
     teacher_model: str = setting("", "the teacher: local folder or hub name, or the remote's name")
     teacher_url: str = setting("", "of the endpoint; its key is read from TEACHER_API_KEY (ours)")
@@ -58,19 +58,19 @@ class Config:
     teacher_cache: str = setting("", "folder of replies; without a url they are replayed (ours)")
     teacher_sees_answer: bool = setting(True, "False: the paper's 'no GT reference'")
     patch_pictures: bool = setting(True, "False: the paper's 'no visual context'")
-    kappa: float = setting(0.3, "κ, the patch tax on a repaired rollout's reward", "the method")
+    kappa: float = setting(0.3, "κ, the patch tax on a repaired rollout's reward")
     lam: float = setting(0.0, "λ, weight of alignment; 0 is the paper's equation (ours)")
     prompt: str = setting(ffr.PROMPT, "prompt with {question}, {options}, {suffix} (ours)")
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 autocast on a GPU", "the model")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 autocast on a GPU")
     attention: str = setting("", "empty: transformers' choice; paper: flash_attention_2")
     gradient_checkpointing: bool = setting(False, "less memory, a second forward (ours)")
     freeze_vision: bool = setting(False, "leave the vision tower as it is (ours)")
-    num_frames: int = setting(16, "frames of the video that the student sees", "what the student sees and may say")
+    num_frames: int = setting(16, "frames of the video that the student sees")
     frame_pixels: int = setting(128 * 28 * 28, "at most so many pixels in each of them")
     picture_pixels: int = setting(401408, "at most so many pixels in each picture of a patch")
     max_prompt_length: int = setting(16384, "tokens; a longer prompt is an error, never cut")
     max_completion_length: int = setting(1024, "tokens")
-    num_rollouts: int = setting(8, "G, rollouts per question", "rollouts and objective")
+    num_rollouts: int = setting(8, "G, rollouts per question")
     temperature: float = setting(1.0, "of sampling, and so of the policy that is trained")
     top_p: float = setting(0.95, "nucleus of sampling")
     rollouts_at_once: int = setting(0, "per forward and backward, for memory; 0: all (ours)")
@@ -78,17 +78,22 @@ class Config:
     epsilon: float = setting(0.2, "ε of the clip (ours: the paper names none)")
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "std of the advantages")
     num_updates: int = setting(1, "μ, optimizer steps per batch of rollouts (ours)")
-    learning_rate: float = setting(5e-6, "peak, with a cosine to 0", "optimization")
+    learning_rate: float = setting(5e-6, "peak, with a cosine to 0")
     weight_decay: float = setting(0.01, "of AdamW")
     max_grad_norm: float = setting(5.0, "gradients are clipped to this norm")
     epochs: int = setting(1, "passes over the records")
     max_steps: int = setting(0, "steps; 0: as many as the epochs have (ours)")
     questions_per_device: int = setting(1, "questions per process and step")
-    save_steps: int = setting(200, "steps between checkpoints (ours)", "checkpoints and tiny mode")
+    save_steps: int = setting(200, "steps between checkpoints (ours)")
     keep_checkpoints: int = setting(2, "the newest ones (ours)")
     cold_start_steps: int = setting(1000, "tiny mode: supervised steps before training (ours)")
 
 
+GROUPS = {  # in --help, each from this setting on
+    "model": "data and output", "method": "the teacher", "kappa": "the method",
+    "precision": "the model", "num_frames": "what the student sees and may say",
+    "num_rollouts": "rollouts and objective", "learning_rate": "optimization",
+    "save_steps": "checkpoints and tiny mode"}
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
 TINY = dict(out="runs/tiny", prompt="{question}", frame_pixels=1024, picture_pixels=1024,
             max_completion_length=16, learning_rate=3e-4, beta=0.0, lam=0.1,
@@ -106,8 +111,8 @@ def parse(arguments: list[str]) -> Config:
         "train.py", "train.py [--model M --data FILE] [settings]", allow_abbrev=False, description=
         f"{__doc__} Defaults, in brackets, are the paper's (Table 8); (ours) where it has none.")
     for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         choices = get_args(f.type) or (f.type is bool and ("True", "False")) or None
         kind = dict(type=str.capitalize, nargs="?", const="True") if f.type is bool else {}
         default, tiny_too = f.default, f"; tiny mode {TINY[f.name]}" if f.name in TINY else ""
@@ -152,8 +157,8 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
     if c.teacher == "scripted":
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
-            raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look up; "
-                             "take local or remote")
+            raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look "
+                             "up; take local or remote")
         chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
     elif c.teacher == "local":
         processor = transformers.AutoProcessor.from_pretrained(name)
