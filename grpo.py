@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -65,11 +64,11 @@ def sampling_for(model, processor, temperature: float, top_p: float, max_tokens:
     """`Sampling` with a checkpoint's own ids. Each EOS ends; vision and padding are suppressed."""
     tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
-    vision = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    never = tuple(sorted((vision | {pad}) - eos - {None}))
-    return Sampling(temperature, top_p, max_tokens, tuple(sorted(eos)), pad, never)
+    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
+    never = tuple(sorted((never | {pad_id}) - eos - {None}))
+    return Sampling(temperature, top_p, max_tokens, tuple(sorted(eos)), pad_id, never)
 
 
 @dataclass
@@ -95,28 +94,18 @@ def with_positions(model, inputs: dict) -> dict:
         return inputs | {"position_ids": mask.cumsum(1) - 1}
     positions, of_video = index(**inputs)[0], inputs["mm_token_type_ids"][0] == 2
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        # Text after a video starts at the largest position so far + 1: so the weights were trained.
-        # From 5.3 on, transformers starts it where the frame's height and width end, inside the
-        # video's time. Where both agree, nothing changes.
+        # The weights were trained with text after a video at the largest position so far + 1; from
+        # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
         for after in (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1:
             positions[..., after:] += positions[..., :after].max() + 1 - positions[0, 0, after]
     return inputs | {"position_ids": positions}
 
 
 def can_share(model) -> bool:
-    """Can what prompts begin with be computed once for all? Where every layer attends to all that
-    came before, by a kernel that takes any mask."""
+    """Can prompts share a row? Where all layers attend to all before, by a kernel for any mask."""
     text = getattr(model, "module", model).config.get_text_config()
-    layers = {*(getattr(text, "layer_types", None) or ["full_attention"])}
-    return text._attn_implementation == "sdpa" and layers == {"full_attention"}
-
-
-def in_rows(model, trunks: list[dict]) -> list[list[int]]:
-    """Which prompts stand in one row: those that begin as the same trunk."""
-    rows, shared = {}, can_share(model)
-    for i, trunk in enumerate(trunks):
-        rows.setdefault(id(trunk) if shared else i, []).append(i)
-    return [*rows.values()]
+    layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
+    return text._attn_implementation == "sdpa" and len(layers) == 1
 
 
 def common(*prompts: dict) -> int:
@@ -153,6 +142,18 @@ def pack(trunk: dict, prompts: list[dict], ids: list[Tensor]) -> dict:
     return join([*parts, *leaves], -1)
 
 
+def in_rows(model, prompts: list[dict], ids: list[Tensor], trunks: list[dict]) -> tuple:
+    """Packed rows, one for each trunk if the model can share, else for each prompt. Returns them,
+    what each begins as, and the order in which the prompts stand in them."""
+    groups, shared = {}, can_share(model)
+    for i, trunk in enumerate(trunks):
+        groups.setdefault(id(trunk) if shared else i, []).append(i)
+    heads = [trunks[group[0]] for group in groups.values()]
+    rows = [pack(head, [prompts[i] for i in group], [ids[i] for i in group])
+            for head, group in zip(heads, groups.values())]
+    return rows, heads, sum(groups.values(), [])
+
+
 def join(parts: list[dict], dim: int) -> dict:
     """What there is for each token along `dim`; pixels and grids one after another."""
     return {key: torch.cat([p[key] for p in parts if key in p], dim if key in PER_TOKEN else 0)
@@ -180,8 +181,7 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (…, V) that define π, sampled and scored: fp32, at the temperature, suppressed ids
     masked. Not top-p: it truncates what is sampled, while r_t is of the full softmax, as usual."""
     logits = logits.float() / (sampling.temperature or 1.0)
-    if sampling.suppressed_ids:
-        logits[..., list(sampling.suppressed_ids)] = -torch.inf
+    logits[..., list(sampling.suppressed_ids)] = -torch.inf
     return logits
 
 
@@ -194,8 +194,7 @@ def sample(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
     last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
     place = (mass <= chance * mass.gather(-1, last)).sum(-1, keepdim=True)
     token = order.gather(-1, torch.minimum(place, last) if sampling.temperature > 0 else place * 0)
-    # Suppressed ids have probability 0: 0 · log 0 counts as 0.
-    entropy = -(logp.exp() * logp.clamp_min(-1e4)).sum(-1, keepdim=True)
+    entropy = -(logp.exp() * logp.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
     return token, logp.gather(-1, token), entropy
 
 
@@ -205,33 +204,28 @@ Prefill = namedtuple("Prefill", "prompts cache row sees position logits")
 @torch.no_grad()
 def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None = None,
             trunks: list[dict] = ()) -> Prefill:
-    """Read S prompts, each once however often it is given. `trunks`: for each one that `seen` has
-    read; what they have in common is not read again, and `seen` is used up. `model` is unwrapped,
-    and left in eval. Returns them and the cache; for each its `row` there (S,); what its last
-    token `sees` of that (S, N), and its `position` (…, S); the `logits` after it (S, V)."""
+    """Read S prompts. `trunks`: for each one that `seen` has read; what they have in common is not
+    read again, and `seen` is used up. `model` is unwrapped, and left in eval. Returns them and the
+    cache; for each its `row` there (S,); what its last token `sees` of that (S, N), and its
+    `position` (…, S); the `logits` after it (S, V)."""
     model.eval()
-    pairs = [*{id(p): (p, trunk) for p, trunk in zip(prompts, trunks or prompts)}.values()]
-    groups, before, cache = in_rows(model, [trunk for _, trunk in pairs]), None, None
-    heads = [pairs[group[0]][1] for group in groups]
-    rows = [pack(head, [pairs[i][0] for i in group], [head["input_ids"][0, :0]] * len(group))
-            for head, group in zip(heads, groups)]
+    trunks, before, cache = trunks or prompts, None, None
+    nothing = [prompt["input_ids"][0, :0] for prompt in prompts]
+    rows, heads, order = in_rows(model, prompts, nothing, trunks)
     if seen is not None and can_share(model):
         known = [[*map(id, seen.prompts)].index(id(head)) for head in heads]
-        cut = max(trunk["input_ids"].shape[1] - common(p, trunk) for p, trunk in pairs)
-        rows = [rest(row, head, head["input_ids"].shape[1] - cut) for row, head in zip(rows, heads)]
-        before, cache = seen.sees[known, :-cut].long(), seen.cache
-        cache.crop(before.shape[1] - cache.get_seq_length())
+        begins = dict(zip(map(id, heads), seen.sees[known].int().argmax(1).tolist()))
+        keep = min(begins[id(trunk)] + common(p, trunk) for p, trunk in zip(prompts, trunks))
+        rows = [rest(row, head, keep - begins[id(head)]) for row, head in zip(rows, heads)]
+        before, cache = seen.sees[known, :keep].long(), seen.cache
+        cache.crop(keep - cache.get_seq_length())
         cache.reorder_cache(seen.row[known])
     batch, leaf, sees = stack(rows, sampling.pad_id, before)
     out = model(**batch, cache=cache, use_cache=True, logits_to_keep=leaf)
-    order = [id(pairs[i][0]) for group in groups for i in group]
-    each = [order.index(id(prompt)) for prompt in prompts]
-    row, column = leaf.nonzero()[each].T
-    sees, position = sees[row, column], batch["position_ids"][..., row, column]
-    if not can_share(model):  # from here on each has a row of its own
-        out.cache.reorder_cache(row)
-        row = torch.arange(len(row), device=row.device)
-    return Prefill(prompts, out.cache, row, sees, position, out.logits[each])
+    place = torch.tensor(order).argsort()  # of each prompt's leaf
+    row, column = leaf.nonzero()[place].T
+    position = batch["position_ids"][..., row, column]
+    return Prefill(prompts, out.cache, row, sees[row, column], position, out.logits[place])
 
 
 @torch.no_grad()
@@ -239,8 +233,7 @@ def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
              synced: bool = False) -> list[Completion]:
     """Sample a completion of each prompt, in one batch, each from a seed of its own: leaving one
     out changes nothing for the others. Those of a row go on side by side, K tokens a step, each
-    seeing what it has read and its own. `synced` (sharded parameters): step until every rank is
-    done."""
+    seeing what is its own. `synced` (sharded parameters): step until every rank is done."""
     row, logits, device = read.row, read.logits, read.row.device
     chances = torch.stack([
         torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
@@ -280,12 +273,9 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
     only completions get logits."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
-    trunks, groups = trunks or prompts, in_rows(model, trunks or prompts)
-    rows = [pack(trunks[group[0]], [prompts[i] for i in group], [ids[i][:-1] for i in group])
-            for group in groups]
+    rows, _, order = in_rows(model, prompts, [x[:-1] for x in ids], trunks or prompts)
     batch, leaf, _ = stack(rows, sampling.pad_id)
     logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
-    order = [i for group in groups for i in group]
     tokens = torch.cat([ids[i] for i in order])
     def chosen(logits: Tensor, tokens: Tensor) -> Tensor:  # (N, V), (N,) → (N,)
         return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -293,8 +283,8 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
     flat = torch.cat([checkpoint(chosen, *part, use_reentrant=False)
                       for part in zip(logits.split(CHUNK), tokens.split(CHUNK))])
     logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
-    mask = pad_sequence([torch.ones_like(logps[i]) for i in range(len(ids))], True)
-    return pad_sequence([logps[i] for i in range(len(ids))], True), mask
+    logps = [logps[i] for i in range(len(ids))]
+    return pad_sequence(logps, True), pad_sequence([*map(torch.ones_like, logps)], True)
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
@@ -323,13 +313,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
     return -(objective * mask).sum() / max(total_tokens, 1)
 
 
-class Row(NamedTuple):
-    """A rollout in the update; its group's prompts begin as `trunk`. `weight` 0 trains nothing."""
-    trunk: dict
-    prompt: dict
-    completion: Completion
-    advantage: float
-    weight: float = 1.0
+# A rollout in the update; its group's prompts begin as `trunk`. Weight 0 trains nothing.
+Row = namedtuple("Row", "trunk prompt completion advantage weight", defaults=[1.0])
 
 
 def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: float,

@@ -81,6 +81,21 @@ def test_reading_on_from_the_question_is_as_reading_it_all(rows, monkeypatch):
         assert torch.allclose(one.logps, other.logps, atol=1e-4)
 
 
+def test_rollouts_sampled_side_by_side_are_as_in_rows_of_their_own(rows, monkeypatch):
+    """Questions, patched ones and two rollouts of one, in rows of two and of one."""
+    student, (first, patched, second), _ = rows
+    prompts = [first, patched, second, dict(patched), first, patched]
+    trunks, found = [first, first, second, first, first, first], []
+    for shared in (True, False):
+        monkeypatch.setattr(grpo, "can_share", lambda model: shared)
+        read = grpo.prefill(student.model, prompts, student.sampling, None, trunks)
+        assert len(set(read.row.tolist())) == (2 if shared else 6)
+        found.append(grpo.generate(student.model, read, [*range(6)], student.sampling))
+    for one, other in zip(*found):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert torch.allclose(one.logps, other.logps, atol=1e-4)
+
+
 def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows, monkeypatch):
     """Log-probs and gradients with the video once for all, and with it for each."""
     student, (first, patched, second), (a, b, c) = rows
