@@ -1,20 +1,18 @@
 """What rules can judge of FFR: strings and numbers in, numbers out.
 
     R      accuracy reward, graded where the problem type is     `accuracy_reward`
-    z      1 where the rule-based verifier accepts the answer    `verify`
+    z      1 where rules accept the answer (thresholds ours)     `verify`
     R_fmt  1 where the response has the asked-for form           `format_reward`
     align  does the rationale cite the patch's moments (ours)    `alignment`
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
     leak   do a teacher's words give y away (ours)               `leak`, `asks_for`
 
-Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1); ours: alignment, and when a graded answer
-counts as failed. Standard library only; imports no sibling.
+Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1). Standard library only; imports no sibling.
 """
 
 import math
 import re
 from collections import Counter
-from itertools import combinations
 from typing import NamedTuple
 
 
@@ -44,20 +42,17 @@ def format_reward(response: str) -> float:
 def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
     """R in [0, 1]: same letter · equal to 2 decimals · 1 − WER · mean ROUGE-1/2/L F1 · 1 − relative
     error · equal normalised strings (ours). Raises ValueError for another type."""
-    if problem_type == "multiple choice":
-        return float(_letter(given) is not None and _letter(given) == _letter(answer))
-    if problem_type == "numerical":
-        x, y = _number(given), _number(answer)
-        return float(x is not None and y is not None and round(x, 2) == round(y, 2))
-    if problem_type == "OCR":
-        return max(0.0, 1.0 - word_error_rate(given, answer))
-    if problem_type == "free-form":
-        return (rouge_n(given, answer, 1) + rouge_n(given, answer, 2) + rouge_l(given, answer)) / 3
-    if problem_type == "regression":
-        return 1.0 - min(1.0, _relative_error(given, answer))
-    if problem_type == "exact":
-        return float(_words(given) == _words(answer))
-    raise ValueError(f"unknown problem_type '{problem_type}'")
+    x, y = given, answer
+    rewards = {
+        "multiple choice": lambda: _letter(x) is not None and _letter(x) == _letter(y),
+        "numerical": lambda: round(_number(x), 2) == round(_number(y), 2),
+        "OCR": lambda: max(0.0, 1.0 - word_error_rate(x, y)),
+        "free-form": lambda: (rouge_n(x, y, 1) + rouge_n(x, y, 2) + rouge_l(x, y)) / 3,
+        "regression": lambda: max(0.0, 1.0 - _relative_error(x, y)),  # 0 at nan too
+        "exact": lambda: _words(x) == _words(y)}
+    if problem_type not in rewards:
+        raise ValueError(f"unknown problem_type '{problem_type}'")
+    return float(rewards[problem_type]())
 
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
@@ -75,20 +70,18 @@ def _letter(text: str) -> str | None:
     return found[1].upper() if found else None
 
 
-def _number(text: str) -> float | None:
-    """The one number in the text ('1,200 m' → 1200.0); None where there is none or several."""
+def _number(text: str) -> float:
+    """The one number in the text ('1,200 m' → 1200.0); nan, equal to none, for none or several."""
     found = re.findall(r"[-+]?[\d.,]*\d(?:[eE][-+]?\d+)?", text.replace("−", "-"))
     try:
         (value,) = (float(re.sub(r",(?=\d{3}\b)", "", number)) for number in found)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _relative_error(given: str, answer: str) -> float:
     x, y = _number(given), _number(answer)
-    if x is None or y is None:
-        return math.inf
     return abs(x - y) / abs(y) if y else (0.0 if x == 0 else math.inf)
 
 
@@ -113,11 +106,9 @@ def word_error_rate(given: str, answer: str) -> float:
 
 
 def rouge_n(given: str, answer: str, n: int) -> float:
-    """ROUGE-n F1 without stemming. Where both texts are shorter than n words, ROUGE-(n−1): a right
-    one-word answer must be able to reach R = 1."""
+    """ROUGE-n F1 without stemming; n at most the longer text's words: one word can reach R = 1."""
     x, y = _words(given), _words(answer)
-    if n > 1 and max(len(x), len(y)) < n:
-        return rouge_n(given, answer, n - 1)
+    n = min(n, max(len(x), len(y), 1))
     a, b = (Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y))
     return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
@@ -134,28 +125,22 @@ def cited_moments(rationale: str) -> list[tuple[float, float]]:
     number, unit = r"(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
     pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
     found = re.findall(pattern, rationale)
-    moments = [(float(single or start), float(single or end)) for start, end, single in found]
-    clock = re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale)
-    moments += [(int(minutes) * 60.0 + int(seconds),) * 2 for minutes, seconds in clock]
-    return [(min(pair), max(pair)) for pair in moments]
+    pairs = [(float(single or start), float(single or end)) for start, end, single in found]
+    clock = [int(m) * 60.0 + int(s) for m, s in re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale)]
+    return [(min(pair), max(pair)) for pair in [*pairs, *zip(clock, clock)]]
 
 
 def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
     """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
     Ours. In seconds, as `tolerance`, half the student's frame spacing. Precision is the part of the
     cited time that lies in a span, so citing everything does not win; recall, of spans cited."""
-    def inside(moment: tuple[float, float], span: tuple[float, float]) -> float:
-        overlap = min(moment[1], span[1]) - max(moment[0], span[0])
-        length = moment[1] - moment[0]  # 0: a point
-        return max(0.0, overlap / length) if length else float(overlap >= 0)
     rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
-    cited = cited_moments(rationale[1]) if rationale else []
-    wide = [(start - tolerance, end + tolerance) for start, end in spans]
-    if not cited or not wide:
-        return 0.0
-    shares = [[inside(moment, span) for span in wide] for moment in cited]
-    precision = sum(map(max, shares)) / len(cited)
-    recall = sum(max(column) > 0 for column in zip(*shares)) / len(wide)
+    shares = []  # a row per cited moment: the part of it that lies in each span
+    for a, b in cited_moments(rationale[1]) if rationale else []:  # a point where a = b
+        overlaps = [min(b, end + tolerance) - max(a, start - tolerance) for start, end in spans]
+        shares.append([max(0.0, x / (b - a)) if b > a else float(x >= 0) for x in overlaps])
+    precision = sum(max(row, default=0.0) for row in shares) / max(len(shares), 1)
+    recall = sum(max(column) > 0 for column in zip(*shares)) / max(len(spans), 1)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
@@ -224,18 +209,17 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     spelled, lone_letters = re.sub(r"\W", "", right), r"\b\w(?:(?:\W|then|and)+\w\b){2,}"
     runs = [re.sub(r"\W|then|and", "", run) for run in re.findall(lone_letters, words.casefold())]
     initials = "".join(w if w.isdigit() else w[0] for w in re.findall(r"\w+", low))  # 'kilo india'
-    if any(run in spelled for run in runs if run[2:]) or spelled[3:] and spelled in initials:
+    if any(run in spelled for run in runs) or spelled[3:] and spelled in initials:
         return "it spells the answer"
-    if "time" in asked and re.search(TIMES, low):
+    low, times = re.subn(TIMES, " ", low)
+    if times and "time" in asked:
         return "it gives a time"
-    low = re.sub(TIMES, " ", low)
     claims = any(re.search(ASSERTS, re.split(AFTER, part)[0]) for part in re.split(CLAUSE, low))
     if claims and "truth" in asked and re.match(r"(yes|no|true|false)\b", right):
         return "it says yes or no"
     if goal := re.fullmatch(rf"\W*({NUMBER})(\W+\w+)?\W*", right):
         return "it gives the number" if _counted(low, q, float(goal[1])) else None
-    others = [text for text in texts if text != right]
-    return _contained(re.sub(ADVERBS, "", low), q, right, others, asked)
+    return _contained(re.sub(ADVERBS, "", low), q, right, [t for t in texts if t != right], asked)
 
 
 def _canonical(text: str) -> str:
@@ -261,9 +245,8 @@ def _counted(low: str, q: str, goal: float) -> bool:
     wrong = any(re.search(NUMBER, c) and re.search(CORRECTS, c) for c in re.split(CLAUSE, low))
     found = re.findall(rf"({NUMBER})(?=\W*(\w*))", low)  # 'one' is mostly a pronoun
     values = [float(n) for n, thing in found if n != "1" or _stems(thing) & _stems(q)]
-    runs = [values[a:b] for a, b in combinations(range(len(values) + 1), 2) if b - a < 7]
-    made = [make(run) * unit for run in runs for make in (sum, math.prod)
-            for unit in (1, 0.001, 0.01, 100, 1000)]
+    made = [make(values[a : a + n]) * unit for a in range(len(values)) for n in range(1, 7)
+            for make in (sum, math.prod) for unit in (1, 0.001, 0.01, 100, 1000)]
     near = any(abs(x - goal) <= (0.1 * goal if goal % 1 else 1e-9) for x in made)
     return near or wrong or bool(found and re.search(YOURS, low))
 
