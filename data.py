@@ -106,27 +106,26 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     for name in ("problem", "problem_type", "solution", "path"):
         fine = isinstance(record.get(name), str) and record[name].strip()
         need(fine, f"field '{name}' is missing or no text; add it or drop the record")
-    kind = record["problem_type"]
+    kind, options = record["problem_type"], record.get("options") or []
     need(record.get("data_type", "video") == "video", "data_type is not 'video'; drop the record")
     need(kind in TYPES, f"unknown problem_type '{kind}'; use one of: {', '.join(TYPES)}")
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
     need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
-    need(isinstance(record.get("options") or [], list), "field 'options' is no list; mend it")
-    options = [str(option) for option in record.get("options") or []]
+    need(isinstance(options, list), "field 'options' is no list; mend it")
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    return Sample(str(record.get("problem_id", where)), record["problem"], options, answer.strip(),
-                  kind, str(video), str(record.get("data_source", "")), truth)
+    return Sample(str(record.get("problem_id", where)), record["problem"], [*map(str, options)],
+                  answer.strip(), kind, str(video), str(record.get("data_source", "")), truth)
 
 
+@dataclass
 class Decoder:
     """decord in a process of its own: a corrupt packet can make it abort or hang, which then raises
     `DataError` for that video and not the run. Serves one thread at a time."""
-
-    def __init__(self, patience: float = 60.0):
-        self.patience, self.child = patience, None  # seconds that a request may take
+    patience: float = 60.0  # seconds that a request may take
+    child: Popen | None = None
 
     def __call__(self, path: str, indices: list[int] | None = None):
         """Frames, (n, height, width, 3) uint8; without `indices`, fps and every frame's seconds."""
@@ -171,18 +170,17 @@ def serve_decoder() -> None:
 
 class Video:
     """A video, frames by their original index: teacher.py's clip. Raises `DataError` if broken."""
-
     def __init__(self, path: str, decoder: Decoder = Decoder()):
         self.path, self.decoder = str(path), decoder
         # frame(i): one original frame at native size; the last are kept, tools look at them again.
         self.frame = lru_cache(32)(lambda i: Image.fromarray(decoder(str(path), [i])[0]))
         self.fps, self.times = decoder(self.path)
-        if len(self) < 2 or not 0 < self.fps < 1e4:
-            raise DataError(f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file")
+        need(len(self) > 1 and 0 < self.fps < 1e4,
+             f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file")
         with open(path, "rb") as file:
             name, size = file.read(4), int.from_bytes(file.read(4), "little")
-        if name == b"RIFF" and size + 8 > os.path.getsize(path):  # decord opens what is left
-            raise DataError(f"{path}: an AVI that is cut short; replace the file")
+        cut = name == b"RIFF" and size + 8 > os.path.getsize(path)  # decord opens what is left
+        need(not cut, f"{path}: an AVI that is cut short; replace the file")
 
     def __len__(self) -> int:
         return len(self.times)
@@ -205,11 +203,11 @@ def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     return image if scale == 1 else image.resize([max(1, int(side * scale)) for side in image.size])
 
 
-def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
+def look_at(paths: list[str], num_frames: int = 1) -> dict:
     """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
     def look(path: str, mine=threading.local()):  # a decoder for each thread
         try:
-            video = Video(path, vars(mine).setdefault("decoder", Decoder(patience)))
+            video = Video(path, vars(mine).setdefault("decoder", Decoder()))
             video.frames(video.uniform(num_frames))
             return len(video), video.seconds(-1)
         except DataError as error:
@@ -224,18 +222,16 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
         return name + pack("<I", len(body)) + body
     (w, h), n, most, movie, index = frames[0].size, len(frames), 0, b"movi", b""
     for frame in frames:
-        buffer = BytesIO()
-        frame.convert("RGB").save(buffer, "JPEG", quality=92)
-        jpeg = buffer.getvalue() + b"\0" * (buffer.tell() % 2)
+        frame.convert("RGB").save(file := BytesIO(), "JPEG", quality=92)
+        jpeg = file.getvalue() + b"\0" * (file.tell() % 2)
         most = max(most, len(jpeg))
         index += pack("<4sIII", b"00dc", 0x10, len(movie), len(jpeg))
         movie += chunk(b"00dc", jpeg)
     avih = chunk(b"avih", pack("<10I16x", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, w, h))
     strh = chunk(b"strh", pack("<8s12x6I8x2H", b"vidsMJPG", 1, fps, 0, n, most, 2**32 - 1, w, h))
     strf = chunk(b"strf", pack("<3I2H4sI16x", 40, w, h, 1, 24, b"MJPG", w * h * 3))
-    header = chunk(b"LIST", b"hdrl" + avih + chunk(b"LIST", b"strl" + strh + strf))
-    content = header + chunk(b"LIST", movie) + chunk(b"idx1", index)
-    Path(path).write_bytes(chunk(b"RIFF", b"AVI " + content))
+    header = b"AVI " + chunk(b"LIST", b"hdrl" + avih + chunk(b"LIST", b"strl" + strh + strf))
+    Path(path).write_bytes(chunk(b"RIFF", header + chunk(b"LIST", movie) + chunk(b"idx1", index)))
 
 
 # --- needle videos: one short moment answers the question ---
@@ -280,13 +276,12 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
         x, y, ring, core = scenes[look]
         box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
         flash, shown = ({"key_frames": f[:1], "moment": f} for f in map(moment_frames, (cue, look)))
-        # A scripted teacher's steps: the first whose citation the rationale lacks, or the last.
-        evidence = [{"cites": f"flash {moment_time(cue)}", "error_type": "temporal",
-                     "guidance": "the flash is here", **flash},
-                    {"cites": f"look {moment_time(look)}", "error_type": "misconception",
-                     "guidance": "count from the flash", **flash},
-                    {"error_type": "spatial", "guidance": "look at the square",
-                     "region": box, **shown}]
+        evidence = [  # for `scripted`
+            {"cites": f"flash {moment_time(cue)}", "error_type": "temporal",
+             "guidance": "the flash is here", **flash},
+            {"cites": f"look {moment_time(look)}", "error_type": "misconception",
+             "guidance": "count from the flash", **flash},
+            {"error_type": "spatial", "guidance": "look at the square", "region": box, **shown}]
         records.append({"problem_id": name, "data_source": "needle", "path": f"{name}.avi",
                         "data_type": "video", "problem_type": "exact", "options": [],
                         "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
@@ -311,11 +306,10 @@ def needle_caption(truth: dict, order: list[int]) -> str:
 def needle_texts(samples: list[Sample]) -> list[str]:
     """Every word that a student of needle videos must know: questions, rationales, patches."""
     seconds = [f"<{f / NEEDLE_FPS:.1f} seconds>" for f in range(MOMENTS * FRAMES_PER_MOMENT)]
-    guidance = [step["guidance"] for s in samples for step in s.truth["evidence"]]
+    told = [e[k] for s in samples for e in s.truth["evidence"] for k in ("error_type", "guidance")]
     return [CAPTION, *COLOURS, *RELATIONS.values(), *map(moment_time, range(MOMENTS)), *seconds,
-            *guidance, *(s.question for s in samples),
-            "the flash look <think> </think> <answer> </answer> 0123456789 . , : ( )",
-            "Evidence temporal spatial misconception Moments to Region Guidance Frame Crop"]
+            *told, *(s.question for s in samples), "<think> look </think> <answer> </answer>",
+            "Evidence Moments to Region Guidance Frame Crop 0123456789 . , : ( )"]
 
 
 # --- a teacher's brain without a model ---
@@ -324,23 +318,20 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
     `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
     `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
     def reply(talk: list[dict]) -> tuple[str, int]:
-        opening = talk[1]["content"][0]["text"]
-        case_id = opening.partition("\n")[0].removeprefix("Case: ")
+        case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
         if case_id not in truths:
             return f"There is no evidence for {case_id}.", 0
-        response = opening.partition("The student's response:")[2]
+        response = case.partition("The student's response:")[2]
         missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
         evidence = (missed or truths[case_id][-1:])[0]
         frames, region = evidence["key_frames"], evidence.get("region")
         if len(talk) == 2:  # look first
-            calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
-            if region:
-                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
+            zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
+            calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
             return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
-        moment = evidence.get("moment", [min(frames), max(frames)])
-        regions = [{"frame": frames[0], "box": region}] if region else []
         patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
-                 "temporal_markers": [moment], "spatial_regions": regions}
+                 "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
+                 "spatial_regions": [{"frame": frames[0], "box": region}] if region else []}
         body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
     return lambda talks, seconds: [reply(talk) for talk in talks]
@@ -357,11 +348,10 @@ def main() -> None:
         sha, records = digest(c.file), read_records(c.file, c.video_root)
     except (OSError, ValueError) as error:
         raise SystemExit(f"data.py: {error}") from error
-    samples = {i: s for i, s in records.items() if isinstance(s, Sample)}
-    seen = look_at([*{s.path: 0 for s in samples.values()}], c.num_frames)
-    records |= {i: seen[s.path] for i, s in samples.items()}
-    wrong = {i: str(fact) for i, fact in records.items() if isinstance(fact, DataError)}
-    fine = [s for i, s in samples.items() if i not in wrong]
+    seen = look_at([*{s.path: 0 for s in records.values() if isinstance(s, Sample)}], c.num_frames)
+    facts = {i: seen[s.path] if isinstance(s, Sample) else s for i, s in records.items()}
+    wrong = {i: str(fact) for i, fact in facts.items() if isinstance(fact, DataError)}
+    fine = [s for i, s in records.items() if i not in wrong]
     for name in ("problem_type", "source"):
         counts = Counter(getattr(s, name) for s in fine).most_common()
         print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
