@@ -3,19 +3,17 @@
     S_i = (x, y, τ_i)   `Case`            T       `diagnose` around a *brain* and a *gate*
     c_i, e_i            `EvidencePatch`   brain   `Chat`: `remote`, `local`, or any such function
 
-A conversation is OpenAI chat messages, pictures as JPEG in data URLs. FFR §Find, §Fix, app. B.
-"""
+A conversation is OpenAI chat messages, pictures as JPEG in data URLs. FFR §Find, §Fix, app. B."""
 
 import base64
-import contextlib
 import json
-import os
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import mktime_tz, parsedate_tz
 from hashlib import sha256
@@ -28,6 +26,8 @@ from huggingface_hub import InferenceClient
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
+TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
+         "get_temporal_segment": ("start_frame", "end_frame", "stride")}
 MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
 MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; frames of a segment
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
@@ -81,7 +81,6 @@ class TeacherError(Exception):
 Reply = tuple[str, int] | TeacherError  # its words, and how many tokens they took
 Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations, seconds it may take
 Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may take things out of it
-
 SYSTEM = """\
 A student answered a question about a video wrongly. Find the one thing that it missed, and hand
 back the least evidence that lets it see that; it then answers again. Errors are
@@ -117,9 +116,8 @@ def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]
     lines = [f"Case: {case.id}", f"The video has {last + 1} frames, the last at {end:.1f} s.",
              f"Question: {case.question}", *case.options, *known, "The student's response:",
              case.response, "Frames of the video:"]
-    content = [_text("\n".join(lines))]
-    for k in sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}):
-        content += _picture(case.video, k)
+    shown = sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)})
+    content = [_text("\n".join(lines)), *(x for k in shown for x in _picture(case.video, k))]
     return [{"role": "system", "content": [_text(SYSTEM)]}, {"role": "user", "content": content}]
 
 
@@ -134,22 +132,17 @@ def _plain(text: str) -> str:
 
 def _picture(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
     """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
-    if (index, box) in (made := PICTURES.setdefault(video, {})):
-        return made[index, box]
-    image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
-    if box is not None:
-        image = image.crop(Region(index, box).corners(image))
-        label += ", region " + " ".join(f"{v:.2f}" for v in box)
-    shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
-    image = image.convert("RGB").resize([max(28, int(side / shrink)) for side in image.size])
-    image.save(file := BytesIO(), "JPEG", quality=90)
-    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    made[index, box] = [_text(label), {"type": "image_url", "image_url": {"url": url}}]
+    if (index, box) not in (made := PICTURES.setdefault(video, {})):
+        image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
+        if box:
+            image = image.crop(Region(index, box).corners(image))
+            label += ", region " + " ".join(f"{v:.2f}" for v in box)
+        shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
+        image = image.convert("RGB").resize([max(28, int(side / shrink)) for side in image.size])
+        image.save(file := BytesIO(), "JPEG", quality=90)
+        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        made[index, box] = [_text(label), {"type": "image_url", "image_url": {"url": url}}]
     return made[index, box]
-
-
-TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
-         "get_temporal_segment": ("start_frame", "end_frame", "stride")}
 
 
 def run_tool(name: str, arguments: str, video: Sized) -> list[dict]:
@@ -209,8 +202,7 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
     keep = min(1.0, MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1))
     sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
-    patch.spans = [((twice - n + 1) // 2, (twice + n - 1) // 2) for twice, n in sizes]
-    return patch
+    return replace(patch, spans=[((ab - n + 1) // 2, (ab + n - 1) // 2) for ab, n in sizes])
 
 
 # --- Find and Fix: all failures of a step together ---
@@ -220,47 +212,45 @@ def diagnose(cases: list[Case], chat: Chat | None, gate: Gate, show_answer=True,
     """A patch for each case, or why there is none. With `workers` 0 all cases share one batch per
     turn, else so many go at a time. One may take `timeout` seconds, all `step_timeout`. `cache`: a
     folder of replies by all the brain is shown and by `brain`, its name; no `chat`: replay."""
-    distinct, end = {repr(case): case for case in cases}, time.monotonic() + step_timeout
-    spent, verdicts = Counter() if spent is None else spent, {}
+    end, spent, found = time.monotonic() + step_timeout, Counter() if spent is None else spent, {}
+    loops = {repr(case): _tool_loop(case, gate, show_answer, num_frames, spent) for case in cases}
     def work(keys: list[str]) -> None:
         stop, replies = min(end, time.monotonic() + timeout), dict.fromkeys(keys)
-        loops = {k: _tool_loop(distinct[k], gate, show_answer, num_frames, spent) for k in keys}
         while replies:
             talks = {}
             for key, reply in replies.items():
+                step = loops[key].throw if isinstance(reply, TeacherError) else loops[key].send
                 try:
                     with LOCK:
-                        talks[key] = loops[key].send(reply)
+                        talks[key] = step(reply)
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
-                    verdicts[key] = getattr(last.with_traceback(None), "value", last)
+                    found[key] = getattr(last.with_traceback(None), "value", last)
             replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        list(pool.map(work, [[key] for key in distinct] if workers else [[*distinct]]))
-    return [verdicts[repr(case)] for case in cases]
+        list(pool.map(work, [[key] for key in loops] if workers else [[*loops]]))
+    return [found[repr(case)] for case in cases]
 
 
 def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent: Counter):
-    """One conversation, as a generator: yields it, is sent the reply, returns the patch. One that
-    leaks is asked for once more with the reason, then reduced to its frames, times and regions."""
+    """One conversation, as a generator: yields it, is sent or thrown the reply, returns the patch.
+    One that leaks is asked for once more with the reason, then cut to frames, times, regions."""
     transcript, refusals = [], []
     try:
         talk = first_messages(case, show_answer, num_frames)
     except (ValueError, RuntimeError, OSError) as error:
         raise TeacherError("video", str(error)) from error
     for turn in range(MAX_TURNS):
-        reply, parts = (yield talk), []
-        if isinstance(reply, TeacherError):
-            raise reply
-        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", reply[0])[:MAX_CALLS]
+        (text, _), back = (yield talk), []
+        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", text)[:MAX_CALLS]
         for name, arguments in calls:
             transcript.append(f"{name}({arguments})")
             try:
-                parts += run_tool(name, arguments, case.video)
+                back += run_tool(name, arguments, case.video)
             except (*BAD_DATA, OSError) as error:
-                parts.append(_text(f"{name} failed: {error}"))
+                back.append(_text(f"{name} failed: {error}"))
                 transcript[-1] += f" failed: {error}"
         if not calls:
-            patch = parse_patch(reply[0], case.video)
+            patch = parse_patch(text, case.video)
             if reason := gate(patch, case):
                 refusals.append(reason)
                 spent["refused"] += 1
@@ -269,9 +259,8 @@ def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent
                 if patch.guidance or patch.key_frames or patch.spans or patch.regions:
                     return replace(patch, transcript=transcript, refusals=refusals)
                 raise TeacherError("leak" if reason else "malformed", reason or "an empty patch")
-            parts = [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
-        talk.append({"role": "assistant", "content": [_text(reply[0])]})
-        talk.append({"role": "user", "content": parts})
+            back = [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
+        talk += [{"role": "assistant", "content": [_text(text)]}, {"role": "user", "content": back}]
     raise TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
 
@@ -295,7 +284,7 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
         thread.join(end - began)
     for i, replies[i] in zip(asked, list(fresh)):  # a copy: what comes later is too late
         if cache and chat:
-            with contextlib.suppress(OSError):  # a full disk costs the cache, not the run
+            with suppress(OSError):  # a full disk costs the cache, not the run
                 _store(Path(cache, keys[i]), replies[i])
     with LOCK:
         tokens = sum(replies[i][1] for i in asked if isinstance(replies[i], tuple))
@@ -305,20 +294,17 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
 
 
 def _load(file: Path) -> Reply | None:
-    try:
+    with suppress(OSError, LookupError, TypeError, ValueError):  # None: not there, or spoilt
         record = json.loads(file.read_text(encoding="utf-8"))
         return TeacherError(**record) if "cause" in record else (str(record[0]), int(record[1]))
-    except (OSError, LookupError, TypeError, ValueError):  # not there, or spoilt
-        return None
 
 
 def _store(file: Path, reply: Reply) -> None:
-    if isinstance(reply, TeacherError) and _load(file) is not None:
-        return  # a failure does not take a reply's place
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
-    part.replace(file)  # other processes see all of it or nothing
+    if isinstance(reply, tuple) or _load(file) is None:  # a failure does not take a reply's place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{threading.get_ident()}.{time.time_ns()}")
+        part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
+        part.replace(file)  # other processes see all of it or nothing
 
 
 def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
@@ -331,20 +317,19 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             client = InferenceClient(base_url=url, api_key=key or "none", timeout=0.9 * left)
             try:
                 out = client.chat_completion(talk, model=model, max_tokens=max_tokens)
-                text, tokens = out.choices[0].message.content, out.usage and out.usage.total_tokens
-                return text.replace(secret, "[key]"), int(tokens or 0)
+                text = out.choices[0].message.content.replace(secret, "[key]")
+                return text, int(out.usage and out.usage.total_tokens or 0)
             except Exception as error:  # the client's own kinds are those of its HTTP library
                 fault = inner = error
             while (response := getattr(inner, "response", None)) is None and inner.__context__:
                 inner = inner.__context__  # the client may fail at an error's body
-            status = getattr(response, "status_code", 0)
+            status, now = getattr(response, "status_code", 0), time.time()
             cause = (f"http_{status}" if status else "malformed" if isinstance(fault, BAD_DATA)
                      else "timeout" if isinstance(fault, TimeoutError) else "connection")
-            asked = response.headers.get("retry-after", "") if status else ""
-            wait = BACKOFF * 2**attempt * (1 + time.time() % 1)
-            wait = float(asked) if asked.isdecimal() else wait
-            with contextlib.suppress(*BAD_DATA):  # where it is a date
-                wait = mktime_tz(parsedate_tz(asked)) - time.time()
+            wait = BACKOFF * 2**attempt * (1 + now % 1)
+            with suppress(*BAD_DATA):  # where the endpoint says it, in seconds or as a date
+                said = response.headers["retry-after"]
+                wait = float(said) if said.isdecimal() else mktime_tz(parsedate_tz(said)) - now
             again = cause in ("timeout", "connection") or status == 429 or status >= 500
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 return TeacherError(cause, str(fault).replace(secret, "[key]"))
