@@ -1,4 +1,4 @@
-"""Find, Fix, Reason (arXiv 2604.16243): context repair of failed rollouts inside GRPO.
+"""Find, Fix, Reason (arXiv 2604.16243, §Method): context repair of failed rollouts inside GRPO.
 
     x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
     π_θ          `Student`: the model with its processor, prompt and sampling
@@ -8,9 +8,7 @@
     R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
-A τ* is on-policy under a different observation: its tokens are scored under the patched prompt,
-for π_θ, π_old and π_ref alike. Source: FFR §Method.
-"""
+A τ* is on-policy under another observation: π_θ, π_old and π_ref all score it under (x, c)."""
 
 import argparse
 import hashlib
@@ -38,12 +36,11 @@ PROMPT = """{question}
 {options}
 Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
-SUFFIXES = {
-    "multiple choice": "The answer is the letter of one option.",
-    "numerical": "The answer is one number.", "regression": "The answer is one number.",
-    "OCR": "The answer is the text as it is written in the video.",
-    "free-form": "The answer is a short phrase.",
-    "exact": "The answer is exactly the words that are asked for."}
+SUFFIXES = {"multiple choice": "The answer is the letter of one option.",
+            "numerical": "The answer is one number.", "regression": "The answer is one number.",
+            "OCR": "The answer is the text as it is written in the video.",
+            "free-form": "The answer is a short phrase.",
+            "exact": "The answer is exactly the words that are asked for."}
 
 
 @dataclass
@@ -111,8 +108,7 @@ def open_questions(student: Student, samples: list[Sample], spare: Question) -> 
 
 
 def render_question(student: Student, sample: Sample, more: list = ()) -> str:
-    """The prompt's text: video, question, `more` parts: a patch. Without it the user turn is a
-    prefix of the one with it."""
+    """The prompt's text: video, question, `more` (a patch), which only prolongs the user turn."""
     fields = {"question": sample.question, "options": "\n".join(sample.options),
               "suffix": SUFFIXES[sample.problem_type]}
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
@@ -137,11 +133,9 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
     if patch.guidance:
         lines.append(f"Guidance: {patch.guidance}")
     parts = [{"type": "text", "text": "\n".join(lines)}]
-    if not pictures:
-        return parts
-    drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames}
+    drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames if pictures}
     shown = [("Frame", frame, image) for frame, image in drawn.items()]
-    for region in patch.regions:
+    for region in patch.regions if pictures else []:
         image = video.frame(region.frame)
         shown.append(("Crop", region.frame, image.crop(region.corners(image))))
         if region.frame in drawn:
@@ -239,8 +233,7 @@ def case_of(question: Question, response: str) -> Case:
 
 
 def gate(patch: EvidencePatch, case: Case) -> str | None:
-    """The rules that a patch does not answer: no region where a place is asked, no time where a
-    time is asked, and no words that give y away; returns why they do (`reward.leak`)."""
+    """Drop regions where a place is asked, times where a time is; return why words give y away."""
     asked = asks_for(case.question)
     patch.regions = [] if "place" in asked else patch.regions
     if "time" in asked:
@@ -268,12 +261,10 @@ def describe(question: Question, r: Rollout) -> dict:
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
     """A step's metrics (README, metric glossary) from every rollout and every process's update."""
     repaired = [row for row in rows if row["intervention"]]
-    means = {"failure intervention reward format truncated length": rows,
-             "fix align patch_frames patch_seconds": repaired}
-    metrics = {name: sum(row[name] for row in among) / max(len(among), 1)
-               for names, among in means.items() for name in names.split()}
-    tokens = max(sum(row["length"] for row in rows), 1)
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / tokens
+    among = dict.fromkeys("failure intervention reward format truncated length".split(), rows)
+    among |= dict.fromkeys("fix align patch_frames patch_seconds".split(), repaired)
+    metrics = {k: sum(row[k] for row in part) / max(len(part), 1) for k, part in among.items()}
+    metrics["entropy"] = sum(r["entropy"] for r in rows) / max(sum(r["length"] for r in rows), 1)
     metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
     for name in updates[0]:
         join = max if name in "logp_gap grad_norm seconds_round seconds_update".split() else sum
@@ -393,36 +384,33 @@ def explain(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser("ffr.py", allow_abbrev=False, description=explain.__doc__,
                                      epilog="Other settings: those of `python train.py --help`.")
-    parser.add_argument("video")
+    parser.add_argument("video", help="before any of the settings")
     for name in ("--question", "--answer", "--model"):
         parser.add_argument(name, required=True)
     parser.add_argument("--options", nargs="*", default=[], help="as 'A. a dog' 'B. a cat'")
-    parser.add_argument("--problem_type", choices=SUFFIXES, help="else by the options")
     x, others = parser.parse_known_args(arguments)
-    config = train.parse([*others, "--model", x.model, "--data", x.video])
-    kind = x.problem_type or ("multiple choice" if x.options else "free-form")
+    c = train.parse(["--teacher", "local", *others, "--model", x.model, "--data", x.video])
+    kind, file = "multiple choice" if x.options else "free-form", Path(c.out, "why.png")
     sample = Sample("video", x.question, x.options, x.answer, kind, x.video)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
-        student = train.load_student(config, accelerator)
-        teach = train.load_teacher(config, [sample], accelerator.device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        student = train.load_student(c, Accelerator(cpu=not torch.accelerator.is_available()))
+        teach = train.load_teacher(c, [sample], student.model.device)
         question = open_question(student, sample)
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
-    (group,) = find_fix_reason(student, [question], config.num_rollouts, teach, config.kappa,
-                               config.lam, (config.seed,))
+    (group,) = find_fix_reason(
+        student, [question], c.num_rollouts, teach, c.kappa, c.lam, (c.seed,))
     repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
     print(f"{sum(r.first.score.correct for r in group)} of {len(group)} first answers are right, "
           f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
-    for cause in {f"No patch ({r.error.cause}): {r.error}" for r in group if r.error}:
-        print(cause)
+    print(*dict.fromkeys(f"No patch: {r.error}" for r in group if r.error), sep="\n")
     for repair in repairs[:1]:
-        text, picture = draw_repair(question, repair, config.kappa, config.lam)
-        file = Path(config.out, "why.png")
+        text, picture = draw_repair(question, repair, c.kappa, c.lam)
         picture.save(file)
-        print(f"\n{text}\nAs a picture: {file}")
+        print(f"{text}\nAs a picture: {file}")
 
 
 if __name__ == "__main__":
-    sys.modules["ffr"] = sys.modules["__main__"]
-    explain(sys.argv[1:])
+    import ffr  # this file once more, as train.py knows it
+    ffr.explain(sys.argv[1:])
