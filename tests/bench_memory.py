@@ -3,7 +3,7 @@ on tiny models, fitted by a formula, and computed from it for a 7B. `python test
 
     update      4P (weights) + 4P (gradients) + 8P (Adam) + 4P (π_ref, β > 0) + 2P (bf16 copies)
                 + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
-    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · (G(L + C) + L) · layers · 2 · kv_width
+    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · (L + G·C) · layers · 2 · kv_width
                 + d · G(L + C) · width + e · patches · width_v + f · G · V
 
 With checkpointing, the input of every layer of both towers is kept, in fp32: known, not fitted.
@@ -136,7 +136,7 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
 
 def terms(x):
     """The formula's known parts in bytes, and what its coefficients multiply."""
-    rows = x["G"] * (x["prompt"] + x["completion"])
+    cached = x["prompt"] + x["G"] * x["completion"]
     once = x.get("at_once", x["G"])
     packed = x["prompt"] + once * x["completion"]  # N
     known = (4 + 4 * (x["beta"] > 0)) * x["P"]
@@ -145,8 +145,9 @@ def terms(x):
     return {
         "update": (known + 14 * x["P"] + kept, [
             *inputs, once * x["completion"] * x["V"], packed**2]),
-        "generation": (known + 10 * x["P"] + 4 * (rows + x["prompt"]) * x["layers"] * x["kv"],
-                       [rows * x["width"], x["patches"] * x["vision"], x["G"] * x["V"]]),
+        "generation": (known + 10 * x["P"] + 4 * cached * x["layers"] * x["kv"],
+                       [cached * x["width"], x["patches"] * x["vision"], x["G"] * x["V"],
+                        x["prompt"] ** 2]),
     }
 
 

@@ -2,9 +2,16 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+import data
+import ffr
+import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -62,3 +69,81 @@ def test_ci_runs_the_readme_s_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python3 -m venv .*&& (pip install .*) && (pytest)$", README, re.MULTILINE)
     assert command[0] in script.replace(" -q", "") and re.search(r"^pytest$", script, re.MULTILINE)
+
+
+def snippet(word: str) -> str:
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code]
+    return code
+
+
+def test_reward_for_trl_is_the_robust_improvement_reward():
+    exec(snippet("def rir"), names := {})
+    right = "<think> at <3.0 seconds> it barks </think><answer>A</answer>"
+    wrong = right.replace("A<", "B<")
+    rewards = names["rir"]([right, wrong, right, wrong], [None, None, wrong, wrong], ["A"] * 4,
+                           ["multiple choice"] * 4, [[], [], [(3.0, 3.0)], [(3.0, 3.0)]], ids=None)
+    # R + R_fmt; plain; with the tax and alignment 1; with the tax
+    assert rewards == pytest.approx([2.0, 1.0, 2.0 - 0.3 + 0.1, 1.0 - 0.3])
+
+
+def test_repair_round_in_a_loop_of_ones_own_trains(samples, model_folder, monkeypatch):
+    code = snippet("ffr.find_fix_reason")
+    for given, small in (("max_tokens=1024", "max_tokens=8"), ("PATH", "path"), ("lr=5e-6", "lr=1e-3")):
+        assert given in code
+        code = code.replace(given, small)
+    monkeypatch.setattr(train.Config, "frame_pixels", 1024)
+    monkeypatch.setattr(train.Config, "picture_pixels", 1024)
+    monkeypatch.setattr(ffr, "PROMPT", "{question}")
+    answers, chat = [], data.scripted({s.id: s.truth["evidence"] for s in samples})
+    names = {"path": model_folder, "samples": samples[:2],
+             "chat": lambda *a: answers.append(1) or chat(*a)}
+    torch.manual_seed(0)
+    exec(code, names)
+    assert answers and names["model"].training is False
+    before = train.grpo.load_policy(model_folder)[0].state_dict()
+    after = names["model"].state_dict()
+    assert len(names["group"]) == 8 and any(r.failed for r in names["group"])
+    assert any((before[key] != after[key]).any() for key in before)
+
+
+def test_why_a_video_was_misread_is_told_and_drawn(samples, model_folder, tmp_path, teach, monkeypatch, capsys):
+    sample = samples[0]
+    evidence = data.scripted({"video": sample.truth["evidence"]})
+    monkeypatch.setattr(train, "load_teacher", lambda *_: lambda cases: train.teacher.diagnose(
+        cases, evidence, ffr.gate))
+    ffr.explain([sample.path, "--question", sample.question, "--answer", sample.answer, "--model",
+                 model_folder, "--problem_type", "exact", "--prompt", "{question}", "--out",
+                 str(tmp_path), "--frame_pixels", "1024", "--max_completion_length", "8"])
+    said = capsys.readouterr().out
+    assert re.match(r"0 of 8 first answers are right, \d of 8 with a patch\.", said)
+    assert "Fix: the evidence patch" in said and "Moments: <" in said
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, tmp_path):
+    (command,) = re.findall(r"^python (ffr\.py VIDEO .*)$", README, re.MULTILINE)
+    command = command.replace("VIDEO", samples[0].path).replace("PATH", model_folder).replace('"…"', "ring")
+    done = subprocess.run([sys.executable, *command.split(), "--out", str(tmp_path), "--num_frames", "4",
+                           "--max_completion_length", "4", "--teacher_max_tokens", "4"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 8 first answers are right" in done.stdout and "No patch (malformed)" in done.stdout
+
+
+def test_every_named_test_and_file_exists():
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", README)
+    assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
+    for name in re.findall(r"\b((?:tests|assets)/[\w.]+\w)", README):
+        assert (ROOT / name).exists(), name
+    assert len(README.splitlines()) <= 300
+
+
+def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for f in train.fields(train.Config):
+        assert f"--{f.name} " in shown
+    for part in ("rollouts and objective: --num_rollouts", "[0.04; tiny mode 0.0]", "[5e-06; tiny mode"):
+        assert part in shown
