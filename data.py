@@ -241,7 +241,6 @@ COLOURS = {"red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220),
 RELATIONS = {-2: "two moments before", -1: "one moment before", 0: "during",
              1: "one moment after", 2: "two moments after"}  # the flash
 MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
-CAPTION = "describe every moment"
 
 
 def moment_frames(moment: int) -> list[int]:
@@ -289,27 +288,6 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
                         "moments": [scene[2:] for scene in scenes], "cue": cue, "look": look})
     (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(root / "records.jsonl")
-
-
-def needle_rationale(truth: dict, cue: int, look: int) -> str:
-    """The response that cites moments `cue` and `look` and reads the colours shown at `look`."""
-    told = needle_caption(truth | {"cue": cue}, [look])
-    return f"{told} <answer> {' '.join(truth['moments'][look])} </answer>"
-
-
-def needle_caption(truth: dict, order: list[int]) -> str:
-    """All that is to be seen at the moments in `order`: what a cold start learns to read from."""
-    seen = [f"look {moment_time(m)} {' '.join(truth['moments'][m])}" for m in order]
-    return f"<think> flash {moment_time(truth['cue'])} {' '.join(seen)} </think>"
-
-
-def needle_texts(samples: list[Sample]) -> list[str]:
-    """Every word that a student of needle videos must know: questions, rationales, patches."""
-    seconds = [f"<{f / NEEDLE_FPS:.1f} seconds>" for f in range(MOMENTS * FRAMES_PER_MOMENT)]
-    told = [e[k] for s in samples for e in s.truth["evidence"] for k in ("error_type", "guidance")]
-    return [CAPTION, *COLOURS, *RELATIONS.values(), *map(moment_time, range(MOMENTS)), *seconds,
-            *told, *(s.question for s in samples), "<think> look </think> <answer> </answer>",
-            "Evidence Moments to Region Guidance Frame Crop 0123456789 . , : ( )"]
 
 
 # --- a teacher's brain without a model ---

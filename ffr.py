@@ -347,20 +347,6 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
     return rows
 
 
-def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
-    groups, table = {"all": rows}, {}
-    for name, row in ((f"{kind} {row[kind]}", row) for row in rows for kind in ("type", "source")):
-        groups.setdefault(name, []).append(row)
-    for name, group in groups.items():
-        n, z = max(len(group), 1), 1.96
-        share = sum(row["unaided"] for row in group) / n
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
-    return table
-
-
 def read_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
     """The rows of a .jsonl file; a line that was cut off, or of a step after `last`, is dropped."""
     lines = []
@@ -388,27 +374,27 @@ def explain(arguments: list[str]) -> None:
     for name in ("--question", "--answer", "--model"):
         parser.add_argument(name, required=True)
     parser.add_argument("--options", nargs="*", default=[], help="as 'A. a dog' 'B. a cat'")
+    parser.add_argument("--problem_type", choices=SUFFIXES, help="by default as the options say")
     x, others = parser.parse_known_args(arguments)
     c = train.parse(["--teacher", "local", *others, "--model", x.model, "--data", x.video])
-    kind, file = "multiple choice" if x.options else "free-form", Path(c.out, "why.png")
+    kind = x.problem_type or ("multiple choice" if x.options else "free-form")
     sample = Sample("video", x.question, x.options, x.answer, kind, x.video)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         student = train.load_student(c, Accelerator(cpu=not torch.accelerator.is_available()))
         teach = train.load_teacher(c, [sample], student.model.device)
         question = open_question(student, sample)
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
-    (group,) = find_fix_reason(
-        student, [question], c.num_rollouts, teach, c.kappa, c.lam, (c.seed,))
+    (group,) = find_fix_reason(student, [question], c.num_rollouts, teach, c.kappa, c.lam, (0,))
     repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
     print(f"{sum(r.first.score.correct for r in group)} of {len(group)} first answers are right, "
           f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
     print(*dict.fromkeys(f"No patch: {r.error}" for r in group if r.error), sep="\n")
     for repair in repairs[:1]:
         text, picture = draw_repair(question, repair, c.kappa, c.lam)
-        picture.save(file)
-        print(f"{text}\nAs a picture: {file}")
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        picture.save(f"{c.out}/why.png")
+        print(f"{text}\nAs a picture: {c.out}/why.png")
 
 
 if __name__ == "__main__":

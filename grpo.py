@@ -9,14 +9,12 @@ returns for one conversation, some (1, L), others (pixels, grids) with their own
 """
 
 import os
-import re
 from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
 
 import torch
 import transformers
 from accelerate.utils import gather_object
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -156,8 +154,9 @@ def in_rows(model, prompts: list[dict], ids: list[Tensor], trunks: list[dict]) -
 
 def join(parts: list[dict], dim: int) -> dict:
     """What there is for each token along `dim`; pixels and grids one after another."""
-    return {key: torch.cat([p[key] for p in parts if key in p], dim if key in PER_TOKEN else 0)
-            for key in dict.fromkeys(key for p in parts for key in p)}
+    found = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
+    return {key: torch.cat(values, dim if key in PER_TOKEN else 0) if values[1:] else values[0]
+            for key, values in found.items()}
 
 
 def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
@@ -173,7 +172,7 @@ def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
     sees = (sees | (keys[:, None] == parent[..., None])).tril(keys.shape[1] - longest)
     alone = (branch.amin(1) == -2).all()  # one leaf in each row: any attention kernel can do it
     batch["attention_mask"] = (keys != 0).long() if alone else sees[:, None]
-    batch["input_ids"].masked_fill_(branch == 0, pad_id)
+    batch["input_ids"] = batch["input_ids"].masked_fill(branch == 0, pad_id)
     return batch, branch < 0, sees
 
 
@@ -359,42 +358,3 @@ def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: fl
     gap = max((row.completion.logps - logp[: len(row.completion.ids)]).abs().max().item()
               for k, logps in old.items() for row, logp in zip(rows[k : k + size], logps))
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
-
-
-# --- a policy to try it on ---
-SPECIALS = [f"<|{name}|>" for name in (
-    "im_end pad image_pad video_pad vision_start vision_end im_start").split()]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
-    "{% if c.type == 'text' %}{{ c.text }}{% else %}"
-    "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
-    """Save a random Qwen3-VL of 0.5 M parameters, its real processor, and a tokenizer of words."""
-    word = r"<[^<>|]+>|[A-Za-z]+|[^\sA-Za-z]"
-    words = sorted({w for text in ["user assistant", *texts] for w in re.findall(word, text)})
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(word), "removed", invert=True)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=SPECIALS)
-    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16, "merge_size": 2,
-            "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}}
-    processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**look), tokenizer,
-        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE)
-    end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
-    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=4, head_dim=24, rope_parameters=rope, vocab_size=len(tokenizer),
-                pad_token_id=pad, eos_token_id=end, bos_token_id=None, initializer_range=0.08)
-    vision = dict(hidden_size=64, intermediate_size=128, depth=1, num_heads=2, out_hidden_size=96,
-                  num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
-    config = transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
-        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop)
-    torch.manual_seed(seed)
-    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)

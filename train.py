@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import random
 import shutil
 import sys
 import time
@@ -82,19 +81,17 @@ class Config:
     questions_per_device: Annotated[int, "questions per process and step"] = 1
     save_steps: Annotated[int, "steps between checkpoints (ours)"] = 200
     keep_checkpoints: Annotated[int, "the newest ones (ours)"] = 2
-    cold_start_steps: Annotated[int, "tiny mode: supervised steps before training (ours)"] = 1000
 
 
 GROUPS = {"model": "data and output", "method": "the teacher", "kappa": "the method",
           "precision": "the model", "num_frames": "what the student sees and may say",
           "num_rollouts": "rollouts and objective", "learning_rate": "optimization",
-          "save_steps": "checkpoints and tiny mode"}  # in --help, each from this setting on
+          "save_steps": "checkpoints"}  # in --help, each from this setting on
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
 TINY = dict(out="runs/tiny", prompt="{question}", frame_pixels=1024, picture_pixels=1024,
             max_completion_length=16, learning_rate=3e-4, beta=0.0, lam=0.1,
             questions_per_device=4, max_steps=400)
-NEEDLES = {"cold": (384, 1), "train": (512, 2), "held_out": (192, 3)}  # videos, seed
-COLD_CUE, COLD_RELATION = 0.0, 0.1  # how often the cold start's answers are right beyond chance
+NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
 FREE = ("versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url",
         "teacher_device", "teacher_workers", "teacher_timeout", "teacher_step_timeout")
 
@@ -286,54 +283,18 @@ def open_run(c: Config, processes: int) -> None:
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def cold_start(c: Config, accelerator: Accelerator) -> None:
-    """Tiny mode's videos, and its student, mediocre on purpose: captions teach to read a moment
-    that is cited, answers to follow a patch; which flash they cite unaided is left to reward."""
-    for name, (count, seed) in NEEDLES.items():
-        data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
-    samples = data.load_samples(f"{c.out}/cold/records.jsonl")
-    grpo.tiny_policy(c.model, data.needle_texts(samples), c.seed)
-    student = load_student(c, accelerator)
-    teach = load_teacher(replace(c, method="ffr", teacher="scripted"), samples, None)
-    rng, tokenizer = random.Random(c.seed), student.processor.tokenizer
-    def caption(truth: dict, shown: list[int]) -> str:
-        return data.needle_caption(truth, rng.sample(shown, len(shown)))
-    def answer(truth: dict, cue_known: float, gap_known: float) -> str:
-        cue = truth["cue"] if rng.random() < cue_known else rng.choice(range(1, data.MOMENTS - 1))
-        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice((-1, 0, 1))
-        return data.needle_rationale(truth, cue, cue + gap)
-    lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
-    for i, sample in enumerate(tqdm(samples, desc="lessons")):
-        x, told = ffr.open_question(student, sample), replace(sample, question=data.CAPTION)
-        truth, cue, look = sample.truth, sample.truth["cue"], sample.truth["look"]
-        for moments in (2, 4, data.MOMENTS):  # the flash and others, anywhere in time
-            others = [m for m in range(data.MOMENTS) if m != cue]
-            shown = sorted([cue, *rng.sample(others, moments - 1)])
-            view = [frame for m in shown for frame in data.moment_frames(m)]
-            part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
-            lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
-        error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
-        (patch,) = teach([ffr.case_of(x, data.needle_rationale(truth, *error))])
-        known = 1.0 if error[0] == cue else COLD_RELATION  # told to count, it does
-        lessons[0] += [(x.prompt, partial(answer, truth, COLD_CUE, COLD_RELATION)),
-                       (ffr.encode(student, x, patch), partial(answer, truth, 1.0, known))]
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
-    for step in (bar := tqdm(range(c.cold_start_steps), desc="cold start")):
-        part = step / c.cold_start_steps
-        moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
-        moments = moments if part < 0.62 or rng.random() < 0.2 else 0
-        prompts, writers = zip(*rng.sample(lessons[moments], 16))
-        texts = [tokenizer.encode(write() + tokenizer.eos_token) for write in writers]
-        ids = [torch.tensor(text, device=accelerator.device) for text in texts]
-        logps, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
-        loss = -(logps * mask).sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, step / 20) * (0.3 if part > 0.85 else 1)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.2f}")
-    student.model.save_pretrained(c.model)
+def accuracy(rows: list[dict]) -> dict[str, dict]:
+    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
+    groups, table = {"all": rows}, {}
+    for name, row in ((f"{kind} {row[kind]}", row) for row in rows for kind in ("type", "source")):
+        groups.setdefault(name, []).append(row)
+    for name, group in groups.items():
+        n, z = max(len(group), 1), 1.96
+        share = sum(row["unaided"] for row in group) / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
+    return table
 
 
 def main() -> None:
@@ -356,10 +317,12 @@ def main() -> None:
         if not c.model:
             ours = [f"{name} {getattr(c, name)} ({getattr(Config, name)})" for name in TINY]
             accelerator.print("Tiny mode; in brackets the paper's value:", ", ".join(ours[2:]))
-            c = replace(c, model=f"{c.out}/cold_start", data=f"{c.out}/train/records.jsonl",
+            c = replace(c, model=str(Path(__file__).parent / "assets" / "tiny"),
+                        data=f"{c.out}/train/records.jsonl",
                         eval_data=f"{c.out}/held_out/records.jsonl")
-            if accelerator.is_main_process and not any(Path(c.out, "checkpoints").glob("[0-9]*")):
-                cold_start(c, accelerator)
+            if accelerator.is_main_process:
+                for name, (count, seed) in NEEDLES.items():
+                    data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
         accelerator.wait_for_everyone()
         samples = data.load_samples(c.data, c.video_root, c.skip)
         held_out = c.eval_data and data.load_samples(c.eval_data, c.video_root) or []
@@ -377,7 +340,7 @@ def main() -> None:
         raise SystemExit(f"train.py: {error}") from error
     if c.eval_only:
         rows = ffr.evaluate(accelerator, student, samples, None, spare, "evaluation")
-        figures = {"records": len(samples), "answered": len(rows)} | ffr.accuracy(rows)
+        figures = {"records": len(samples), "answered": len(rows)} | accuracy(rows)
     else:
         before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
         history = train(c, accelerator, student, samples, teach, spare)

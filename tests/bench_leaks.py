@@ -19,6 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cold_start import needle_rationale, needle_texts, tiny_policy  # noqa: E402
+
 import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
@@ -74,7 +76,7 @@ def patch_texts(samples: list[data.Sample], leaks: bool, gate) -> list[str]:
 
     texts = []
     for sample in samples:
-        response = data.needle_rationale(sample.truth, rng.randrange(8), sample.truth["look"])
+        response = needle_rationale(sample.truth, rng.randrange(8), sample.truth["look"])
         video = data.Video(sample.path)
         case = teacher.Case(sample.id, sample.question, [], sample.answer, response, video)
         (patch,) = teacher.diagnose([case], tell if leaks else chat, gate)
@@ -113,7 +115,7 @@ def blind_probe() -> dict:
                   "leaking_teacher": (True, no_gate), "leaking_teacher_gated": (True, ffr.gate)}
     with tempfile.TemporaryDirectory() as folder:
         samples = data.load_samples(data.needle_videos(f"{folder}/n", TRAINED + TESTED, SEED + 70))
-        grpo.tiny_policy(f"{folder}/model", data.needle_texts(samples), SEED)
+        tiny_policy(f"{folder}/model", needle_texts(samples), SEED)
         arguments = [x for k, v in train.TINY.items() for x in (f"--{k}", str(v))]
         arguments += ["--model", f"{folder}/model", "--data", f"{folder}/n/records.jsonl"]
         config, accelerator = train.parse(arguments), train.Accelerator(cpu=True)

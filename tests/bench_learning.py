@@ -35,6 +35,8 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cold_start import cold_start, needle_rationale  # noqa: E402
+
 import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
@@ -105,10 +107,7 @@ def cold_folder(cold: tuple) -> Path:
     """Videos and a cold start of this strength, made once."""
     folder = work() / "cold-{}-{}".format(*cold)
     if not (folder / "done").is_file():
-        train.NEEDLES, (train.COLD_CUE, train.COLD_RELATION) = VIDEOS, cold
-        config = replace(train.parse(["--out", str(folder)]), model=str(folder / "model"),
-                         cold_start_steps=1000 if BUDGET > 10**5 else 200)
-        train.cold_start(config, train.Accelerator(cpu=True))
+        cold_start(str(folder), VIDEOS, *cold, steps=1000 if BUDGET > 10**5 else 200)
         (folder / "done").touch()
     return folder
 
@@ -241,7 +240,7 @@ def learn(job: tuple) -> dict:
             stop_or_measure()
             asked = open_questions(None, train.pick(samples, len(rates), config, accelerator))
             truths = [q.sample.truth for q in asked]
-            said = [data.needle_rationale(t, t["cue"], t["look"]) for t in truths]
+            said = [needle_rationale(t, t["cue"], t["look"]) for t in truths]
             ids = [torch.tensor(tokenizer.encode(text + tokenizer.eos_token)) for text in said]
             logps, mask = grpo.token_logps(
                 student.model, [q.prompt for q in asked], ids, student.sampling)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from bench_memory import Peak  # noqa: E402
+from cold_start import needle_rationale, tiny_policy  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
@@ -62,11 +63,11 @@ class Clip:
 
 
 def policy(folder: str, shape: dict) -> None:
-    """`grpo.tiny_policy` at this shape's size, for frames of this size."""
-    words = [data.needle_rationale({"moments": [["red", "blue"]] * 8}, 1, 2), *ffr.SUFFIXES.values(),
+    """`tiny_policy` at this shape's size, for frames of this size."""
+    words = [needle_rationale({"moments": [["red", "blue"]] * 8}, 1, 2), *ffr.SUFFIXES.values(),
              "Evidence temporal Moments Frame Crop Region Guidance look there what happens ?",
              *(f"<{k / 2 + d:.1f} seconds>" for k in range(64) for d in (0, 0.2, 0.25))]
-    grpo.tiny_policy(folder, words, seed=0)
+    tiny_policy(folder, words, seed=0)
     config = transformers.AutoConfig.from_pretrained(folder)
     text, vision, width = config.text_config, config.vision_config, shape["width"]
     text.vocab_size = shape.get("vocab", text.vocab_size)  # ids beyond the words are no words

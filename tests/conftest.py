@@ -16,9 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from cold_start import needle_texts, tiny_policy  # noqa: E402
+
 import data  # noqa: E402
 import ffr  # noqa: E402
-import grpo  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 
@@ -55,7 +56,7 @@ def samples(folder):
 
 @pytest.fixture(scope="session")
 def model_folder(folder, samples):
-    grpo.tiny_policy(str(folder / "model"), data.needle_texts(samples), seed=0)
+    tiny_policy(str(folder / "model"), needle_texts(samples), seed=0)
     return str(folder / "model")
 
 

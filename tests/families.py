@@ -1,11 +1,10 @@
-"""Tiny random students of other builds than `grpo.tiny_policy`'s Qwen3-VL, saved to be loaded by
+"""Tiny random students of other builds than `tiny_policy`'s Qwen3-VL, saved to be loaded by
 path: each with its own processor, tokens and chat template."""
 
 import torch
 import transformers as T
+from cold_start import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-import grpo
 
 LOOK = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -32,7 +31,7 @@ def qwen2_5_vl(folder):
                    "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}}
     processor = T.Qwen2_5_VLProcessor(
         T.Qwen2VLImageProcessor(**look), tokenizer,
-        T.Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **look), chat_template=grpo.CHAT_TEMPLATE)
+        T.Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **look), chat_template=CHAT_TEMPLATE)
     end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(specials)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     config = T.Qwen2_5_VLConfig(
@@ -52,7 +51,7 @@ def internvl(folder):
                 "<|im_start|>"]
     tokenizer = byte_tokenizer(specials, start_image_token="<img>", end_image_token="</img>",
                                context_image_token="<IMG_CONTEXT>", video_token="<video>")
-    template = grpo.CHAT_TEMPLATE.replace(
+    template = CHAT_TEMPLATE.replace(
         "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>",
         "{{ '<video>' if c.type == 'video' else '<IMG_CONTEXT>' }}\n")
     size = {"height": 28, "width": 28}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cold_start import needle_rationale
 
 import ffr
 import teacher
@@ -47,16 +48,10 @@ def test_tiny_student_knows_every_word_of_its_prompts(student, questions, teach)
         truth = question.sample.truth
         for cited in ((truth["cue"] - 1, 0), (truth["cue"], 7 - truth["look"]),
                       (truth["cue"], truth["look"])):
-            response = ffr_rationale(truth, *cited)
+            response = needle_rationale(truth, *cited)
             (patch,) = teach([ffr.case_of(question, response)])
             assert unknown not in ffr.encode(student, question, patch)["input_ids"]
             assert unknown not in student.processor.tokenizer(response)["input_ids"]
-
-
-def ffr_rationale(truth, cue, look):
-    import data
-
-    return data.needle_rationale(truth, cue, look)
 
 
 def test_patch_never_contains_the_answer(questions, teach):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import bench_learning as bench
 import pytest
+from cold_start import needle_rationale
 from conftest import ROOT
 
 import data
@@ -61,11 +62,11 @@ def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, te
 def test_skills_name_the_step_of_a_rationale_that_failed(samples):
     truth = samples[0].truth
     cue, look = truth["cue"], truth["look"]
-    right = data.needle_rationale(truth, cue, look)
+    right = needle_rationale(truth, cue, look)
     assert all(bench.skills(samples[0], right).values())
-    later = bench.skills(samples[0], data.needle_rationale(truth, (cue + 1) % 8, (look + 1) % 8))
+    later = bench.skills(samples[0], needle_rationale(truth, (cue + 1) % 8, (look + 1) % 8))
     assert later == {"cue": False, "relation": True, "reading": True, "cites": False}
-    there = bench.skills(samples[0], data.needle_rationale(truth, cue, 7 - look))
+    there = bench.skills(samples[0], needle_rationale(truth, cue, 7 - look))
     assert there == {"cue": True, "relation": False, "reading": True, "cites": False}
     misread = bench.skills(samples[0], right.replace("<answer> ", "<answer> not "))
     assert misread == {"cue": True, "relation": True, "reading": False, "cites": True}

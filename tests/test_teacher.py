@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+from cold_start import needle_rationale
 from PIL import Image
 
 import data
@@ -212,7 +213,7 @@ def test_scripted_brain_names_the_step_that_failed(samples):
     video = data.Video(sample.path)
 
     def patch(*cited):
-        response = data.needle_rationale(sample.truth, *cited)
+        response = needle_rationale(sample.truth, *cited)
         case = Case(sample.id, sample.question, [], sample.answer, response, video)
         return diagnose([case], chat)[0]
 

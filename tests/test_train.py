@@ -276,7 +276,7 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
 
 def test_interval_ends_where_a_score_test_of_five_percent_does():
     rows = [{"unaided": k < 15, "type": "OCR", "source": "AB"[k % 2]} for k in range(50)]
-    table = ffr.accuracy(rows)
+    table = train.accuracy(rows)
     assert list(table) == ["all", "type OCR", "source A", "source B"]
     assert [entry["accuracy"] for entry in table.values()] == [0.3, 0.3, 8 / 25, 7 / 25]
     for entry in table.values():  # Wilson: (share − p)² = 1.96² p (1 − p) / n at both ends
@@ -393,7 +393,7 @@ def test_a_rank_whose_teacher_always_raises_does_not_hold_the_step(folder, model
 
 
 def test_whole_job_runs_on_two_processes(tmp_path):
-    said = torchrun(2, "run", tmp_path, "--cold_start_steps", 4, "--max_steps", 3,
+    said = torchrun(2, "run", tmp_path, "--max_steps", 3,
                     "--questions_per_device", 2, "--num_rollouts", 2)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["method"] == "ffr"
