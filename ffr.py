@@ -276,8 +276,9 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
     return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
 
 
-def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) -> tuple:
-    """A repaired rollout in the order of the method, as text and as a picture 1,200 px wide."""
+def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, file: Path) -> str:
+    """A repaired rollout in the order of the method, as a picture 1,200 px wide in `file`, a .png,
+    and as text, in a .txt beside it and returned."""
     sample, patch, s = question.sample, rollout.patch, rollout.score
     evidence, *parts = render_patch(patch, question.video, question.spacing)
     reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
@@ -308,20 +309,20 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float) 
                 page.paste(ImageOps.contain(image, (width - 12, height)), (x, y + 26))
             y += height + 34
     text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
-    return text + "\n", page.crop((0, 0, page.width, y))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    page.crop((0, 0, page.width, y)).save(file)
+    return text
 
 
 def show_repair(config, questions: list[Question], groups: list, step: int) -> None:
-    """Write the step's first repair that came out right, as text and as a picture."""
+    """Draw the step's first repair that came out right."""
     fixed = [(q, r) for q, group in zip(questions, groups) for r in group
              if r.failed and r.score.correct]
     for question, rollout in fixed[:1]:
         name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}")
-        file = Path(config.out, "repairs", f"{name}.png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text, picture = draw_repair(question, rollout, config.kappa, config.lam)
-        file.with_suffix(".txt").write_text(text, encoding="utf-8")
-        picture.save(file)
+        draw_repair(question, rollout, config.kappa, config.lam,
+                    Path(config.out, "repairs", f"{name}.png"))
 
 
 def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
@@ -391,10 +392,8 @@ def explain(arguments: list[str]) -> None:
           f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
     print(*dict.fromkeys(f"No patch: {r.error}" for r in group if r.error), sep="\n")
     for repair in repairs[:1]:
-        text, picture = draw_repair(question, repair, c.kappa, c.lam)
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-        picture.save(f"{c.out}/why.png")
-        print(f"{text}\nAs a picture: {c.out}/why.png")
+        text = draw_repair(question, repair, c.kappa, c.lam, Path(c.out, "why.png"))
+        print(f"{text}\n\nAs a picture: {c.out}/why.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ returns for one conversation, some (1, L), others (pixels, grids) with their own
 
 import os
 from collections import Counter, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -69,14 +69,8 @@ def sampling_for(model, processor, temperature: float, top_p: float, max_tokens:
     return Sampling(temperature, top_p, max_tokens, tuple(sorted(eos)), pad_id, never)
 
 
-@dataclass
-class Completion:
-    """Sampled tokens, their log-probs and the entropy of π before each, all (T,), as sampled, and
-    whether an EOS ended them."""
-    ids: Tensor
-    logps: Tensor
-    entropy: Tensor
-    finished: bool
+# Sampled tokens, their log-probs and the entropy of π before each, all (T,); did an EOS end them?
+Completion = namedtuple("Completion", "ids logps entropy finished")
 
 
 # --- prompts: the same video is read once ---
@@ -209,8 +203,7 @@ def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None
     `position` (…, S); the `logits` after it (S, V)."""
     model.eval()
     trunks, before, cache = trunks or prompts, None, None
-    nothing = [prompt["input_ids"][0, :0] for prompt in prompts]
-    rows, heads, order = in_rows(model, prompts, nothing, trunks)
+    rows, heads, order = in_rows(model, prompts, [p["input_ids"][0, :0] for p in prompts], trunks)
     if seen is not None and can_share(model):
         known = [[*map(id, seen.prompts)].index(id(head)) for head in heads]
         begins = dict(zip(map(id, heads), seen.sees[known].int().argmax(1).tolist()))
@@ -330,7 +323,7 @@ def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: fl
     idle = sum(row.advantage == 0 and beta == 0 for row in rows)
     rows = rows[: max(1, len(rows) - min(gather_object([idle])))]
     size, old, ref = at_once or len(rows), {}, {}
-    extra = [Row(stand_in, stand_in, replace(c, ids=c.ids[:1]), 0.0, 0.0)
+    extra = [Row(stand_in, stand_in, c._replace(ids=c.ids[:1]), 0.0, 0.0)
              for c in [rows[0].completion] if stand_in is not None]
     for _ in range(num_updates):
         figures = Counter()

@@ -264,10 +264,9 @@ def open_run(c: Config, processes: int) -> None:
     without it, a run in OUT is refused (in tiny mode it is replaced)."""
     out = Path(c.out)
     file = out / ("evaluation.manifest.json" if c.eval_only else "manifest.json")
-    now = vars(c) | {
-        "processes": processes,
-        "sha256": {path: data.digest(path) for path in (c.data, c.eval_data, c.skip) if path},
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    now = vars(c) | {"processes": processes, "versions": {
+        name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    now["sha256"] = {path: data.digest(path) for path in (c.data, c.eval_data, c.skip) if path}
     then = json.loads(file.read_text()) if file.is_file() and any(out.glob("*.jsonl")) else {}
     differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
     if then and c.resume and differ:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cold_start import needle_rationale
+from PIL import Image
 
 import ffr
 import teacher
@@ -208,9 +209,11 @@ def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
         ffr.open_question(with_config(student, max_prompt_length=20), samples[0])
 
 
-def test_repair_picture_shows_all_of_it(student, questions, teach):
+def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     rollout = run(student, questions[:1], teach)[0][0]
-    text, picture = ffr.draw_repair(questions[0], rollout, 0.3, 0.1)
+    text = ffr.draw_repair(questions[0], rollout, 0.3, 0.1, tmp_path / "repairs" / "a.png")
+    picture = Image.open(tmp_path / "repairs" / "a.png")
+    assert (tmp_path / "repairs" / "a.txt").read_text(encoding="utf-8").strip() == text
     order = ["Question (exact)", "The student sees", "First answer, wrong", "Find: the teacher",
              "Fix: the evidence", "Reason: second answer", "Reward"]
     places = [text.index(heading) for heading in order]

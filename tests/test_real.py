@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 import ffr
@@ -66,10 +67,9 @@ def test_repair_picture_shows_the_right_frames_and_region(clips, student, tmp_pa
     assert inside.max() == 0
     assert np.asarray(frame)[95, 100].tolist() == [255, 0, 0]  # the region's upper edge, y = 0.35
     assert np.array_equal(np.asarray(crop), original[95:163, 0:320])
-    words, picture = ffr.draw_repair(question, rollout, 0.3, 0.1)
+    words = ffr.draw_repair(question, rollout, 0.3, 0.1, tmp_path / "repair.png")
     assert "zoom_region(66" in words and "<2.6 seconds>" in words
-    picture.save(tmp_path / "repair.png")
-    assert picture.width == 1200
+    assert Image.open(tmp_path / "repair.png").width == 1200
 
 
 def test_question_for_a_time_gets_no_time(clips, student):

@@ -425,7 +425,7 @@ def test_files_keep_their_limits():
         lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
         sizes[name] = len(lines)
         assert all(len(line) <= 100 for line in lines), name
-    assert max(sizes.values()) <= 400 and sum(sizes.values()) <= 2225, sizes
+    assert max(sizes.values()) <= 400 and sum(sizes.values()) <= 2100, sizes
 
 
 def test_every_setting_is_read():
