@@ -320,9 +320,8 @@ def show_repair(config, questions: list[Question], groups: list, step: int) -> N
     fixed = [(q, r) for q, group in zip(questions, groups) for r in group
              if r.failed and r.score.correct]
     for question, rollout in fixed[:1]:
-        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}")
-        draw_repair(question, rollout, config.kappa, config.lam,
-                    Path(config.out, "repairs", f"{name}.png"))
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}") + ".png"
+        draw_repair(question, rollout, config.kappa, config.lam, Path(config.out, "repairs", name))
 
 
 def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
