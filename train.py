@@ -188,8 +188,9 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         accelerator.load_state(str(saved))
     done, metrics_file = int(saved.name) if saved else 0, Path(c.out, "metrics.jsonl")
     history = ffr.read_rows(accelerator, metrics_file, done)
-    for step in (bar := tqdm(range(done, steps), c.method, total=steps, initial=done,
-                             disable=not accelerator.is_main_process)):
+    for step in (bar := tqdm(range(done, steps), total=steps, initial=done,
+                             disable=not accelerator.is_main_process,
+                             bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]")):
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, c, accelerator), spare)
@@ -315,7 +316,7 @@ def main() -> None:
             open_run(c, accelerator.num_processes)
         if not c.model:
             ours = [f"{name} {getattr(c, name)} ({getattr(Config, name)})" for name in TINY]
-            accelerator.print("Tiny mode; in brackets the paper's value:", ", ".join(ours[2:]))
+            accelerator.print("Tiny mode; in brackets the paper's value:", *ours[2:], sep="\n  ")
             c = replace(c, model=str(Path(__file__).parent / "assets" / "tiny"),
                         data=f"{c.out}/train/records.jsonl",
                         eval_data=f"{c.out}/held_out/records.jsonl")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,7 +83,8 @@ def test_record_table_and_readme_agree():
     record = json.loads((ROOT / "assets" / "learning.json").read_text())
     table = (ROOT / "assets" / "learning.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.strip() in readme
+    shown = re.findall(r"^\| (?:%s) \| \d .*$" % "|".join(record["arms"]), readme, re.MULTILINE)
+    assert len(shown) >= 7 and all(line in table.splitlines() for line in shown)
     for job in bench.jobs("arms"):
         name, arm = bench.name_of(job), job[1]
         if name in record["rows"]:

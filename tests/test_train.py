@@ -404,6 +404,12 @@ def test_whole_job_runs_on_two_processes(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+def test_tiny_modes_start_is_what_the_cold_start_is_made_from(model_folder):
+    """All but the trained weights; `python tests/cold_start.py` makes them."""
+    for file in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "config.json"):
+        assert Path(model_folder, file).read_text() == (ROOT / "assets" / "tiny" / file).read_text()
+
+
 @pytest.mark.parametrize("name", ["reward", "grpo", "teacher", "data"])
 def test_leaf_files_work_alone(tmp_path, name):
     jobs = {
