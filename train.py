@@ -156,7 +156,7 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         chat = teacher.local(model.to(c.teacher_device or device).eval(), processor, most)
-    elif c.teacher_url:
+    elif kind == "remote" and c.teacher_url:
         key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
         chat = teacher.remote(c.teacher_url, name, key, most)
         (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)

@@ -266,6 +266,8 @@ def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
     order = {}
 
     def fault(messages, times):  # two of three cases fail, one way or another
+        if len(messages) < 2:  # the question whether it is there
+            return None
         kind = order.setdefault(str(messages[:2]), len(order)) % 3
         return [None, (400, {}, b"{}"), say("prose")][kind]
 
@@ -331,6 +333,8 @@ def test_the_key_is_sent_to_the_endpoint_and_found_nowhere_else(
     order = {}
 
     def echo(messages, times):
+        if len(messages) < 2:  # the question whether it is there
+            return None
         kind = order.setdefault(str(messages[:2]), len(order)) % 3
         words = patch_of(content=f"look at {KEY}", key_frames=[1])
         return [None, (403, {}, KEY.encode()), say(words)][kind]
