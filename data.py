@@ -135,7 +135,7 @@ class Decoder:
         clock = threading.Timer(self.patience, self.child.kill)
         clock.start()
         try:
-            pickle.dump((path, indices), self.child.stdin)
+            pickle.dump((os.path.abspath(path), indices), self.child.stdin)
             self.child.stdin.flush()
             found = pickle.load(self.child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):

@@ -369,7 +369,7 @@ def explain(arguments: list[str]) -> None:
     import train  # which imports this file
 
     parser = argparse.ArgumentParser("ffr.py", allow_abbrev=False, description=explain.__doc__,
-                                     epilog="Other settings: those of `python train.py --help`.")
+                                     epilog="Give --teacher_model, and what train.py takes.")
     parser.add_argument("video", help="before any of the settings")
     for name in ("--question", "--answer", "--model"):
         parser.add_argument(name, required=True)
@@ -382,16 +382,16 @@ def explain(arguments: list[str]) -> None:
     try:
         student = train.load_student(c, Accelerator(cpu=not torch.accelerator.is_available()))
         teach = train.load_teacher(c, [sample], student.model.device)
-        question = open_question(student, sample)
+        asked = open_question(student, sample)
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
-    (group,) = find_fix_reason(student, [question], c.num_rollouts, teach, c.kappa, c.lam, (0,))
+    (group,) = find_fix_reason(student, [asked], c.num_rollouts, teach, c.kappa, c.lam, (c.seed,))
     repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
-    print(f"{sum(r.first.score.correct for r in group)} of {len(group)} first answers are right, "
+    print(f"{sum(r.first.score.correct for r in group)} of {len(group)} right at first ({kind}), "
           f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
-    print(*dict.fromkeys(f"No patch: {r.error}" for r in group if r.error), sep="\n")
+    print(*dict.fromkeys(f"{r.text}\n  No patch ({r.error})" for r in group if r.error), sep="\n")
     for repair in repairs[:1]:
-        text = draw_repair(question, repair, c.kappa, c.lam, Path(c.out, "why.png"))
+        text = draw_repair(asked, repair, c.kappa, c.lam, Path(c.out, "why.png"))
         print(f"{text}\n\nAs a picture: {c.out}/why.png")
 
 

@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> Config:
     words = {"True": True, "False": False}
     c = Config(**{k: words.get(v, v) for k, v in vars(parser.parse_args(arguments)).items()})
     for refused, why in [
-        (c.model and not c.data, "--model needs --data FILE, the training records"),
+        (bool(c.model) != bool(c.data), "--model needs --data FILE, the records, and it a --model"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
         (min(c.save_steps, c.keep_checkpoints) < 1, "--save_steps, --keep_checkpoints: 1 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -133,6 +133,8 @@ def parse(arguments: list[str]) -> Config:
 
 
 def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model, processor = grpo.load_policy(
         c.model, c.attention, c.gradient_checkpointing, c.freeze_vision)
     sampling = grpo.sampling_for(model, processor, c.temperature, c.top_p, c.max_completion_length)
@@ -225,7 +227,7 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         shown = len([*Path(c.out, "repairs").glob("*.txt")])
         if accelerator.is_main_process and shown * steps <= 8 * step:  # 8 in a run
             ffr.show_repair(c, questions, groups, step + 1)
-        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")})
+        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
         if (step + 1) % c.save_steps == 0 or step + 1 == steps:
             save_checkpoint(accelerator, c, step + 1)
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
@@ -300,8 +302,6 @@ def accuracy(rows: list[dict]) -> dict[str, dict]:
 def main() -> None:
     c, began = parse(sys.argv[1:]), time.time()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
     precision = {"auto": None if cpu else "bf16", "bf16": "bf16", "fp32": "no"}[c.precision]
@@ -316,7 +316,7 @@ def main() -> None:
             open_run(c, accelerator.num_processes)
         if not c.model:
             ours = [f"{name} {getattr(c, name)} ({getattr(Config, name)})" for name in TINY]
-            accelerator.print("Tiny mode; in brackets the paper's value:", *ours[2:], sep="\n  ")
+            accelerator.print("Tiny mode; in brackets, with --model:", *ours[2:], sep="\n  ")
             c = replace(c, model=str(Path(__file__).parent / "assets" / "tiny"),
                         data=f"{c.out}/train/records.jsonl",
                         eval_data=f"{c.out}/held_out/records.jsonl")

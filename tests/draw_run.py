@@ -25,7 +25,7 @@ def draw_curves(out: Path) -> Path:
                      for i in range(len(values))]
             panel.plot(steps, values, f"C{k}", alpha=0.2)
             panel.plot(steps, means, f"C{k}", label=name)
-        panel.set_title(title)
+        panel.set(title=title, xlabel="step")
         panel.legend(frameon=False)
     figure.suptitle(f"{out}: running means over {width} steps")
     figure.savefig(out / "curves.png", dpi=110)

@@ -133,7 +133,7 @@ def test_why_a_video_was_misread_is_told_and_drawn(samples, model_folder, tmp_pa
                  str(tmp_path), "--frame_pixels", "1024", "--max_completion_length", "8",
                  "--teacher", "scripted"])
     said = capsys.readouterr().out
-    assert re.match(r"0 of 8 first answers are right, \d of 8 with a patch\.", said)
+    assert re.match(r"0 of 8 right at first \(exact\), \d of 8 with a patch\.", said)
     assert "Fix: the evidence patch" in said and "Moments: <" in said
     assert (tmp_path / "why.png").stat().st_size > 10_000
 
@@ -145,7 +145,8 @@ def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, 
                            "--max_completion_length", "4", "--teacher_max_tokens", "4"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "0 of 8 first answers are right" in done.stdout and "No patch: malformed" in done.stdout
+    assert "0 of 8 right at first (free-form), 0 of 0" in done.stdout
+    assert "  No patch (malformed" in done.stdout and "Loading" not in done.stderr
 
 
 def test_every_named_test_and_file_exists():
