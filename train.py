@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> Config:
     words = {"True": True, "False": False}
     c = Config(**{k: words.get(v, v) for k, v in vars(parser.parse_args(arguments)).items()})
     for refused, why in [
-        (bool(c.model) != bool(c.data), "--model needs --data FILE, the records, and it a --model"),
+        (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
         (min(c.save_steps, c.keep_checkpoints) < 1, "--save_steps, --keep_checkpoints: 1 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -320,9 +320,8 @@ def main() -> None:
             c = replace(c, model=str(Path(__file__).parent / "assets" / "tiny"),
                         data=f"{c.out}/train/records.jsonl",
                         eval_data=f"{c.out}/held_out/records.jsonl")
-            if accelerator.is_main_process:
-                for name, (count, seed) in NEEDLES.items():
-                    data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
+            for name, (count, seed) in NEEDLES.items() if accelerator.is_main_process else ():
+                data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
         accelerator.wait_for_everyone()
         samples = data.load_samples(c.data, c.video_root, c.skip)
         held_out = c.eval_data and data.load_samples(c.eval_data, c.video_root) or []
@@ -364,6 +363,7 @@ def main() -> None:
             if isinstance(value, dict):
                 value = "{accuracy:.3f}   95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
             print(f"  {name:20}", f"{value:.3f}" if isinstance(value, float) else value)
+    accelerator.end_training()  # a rank that exits inside the process group may abort
 
 
 if __name__ == "__main__":

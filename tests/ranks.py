@@ -187,3 +187,5 @@ if __name__ == "__main__":
     modes = {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run,
              "lively": lively}
     modes[sys.argv[1]](*sys.argv[2:])
+    if torch.distributed.is_initialized():  # a rank that exits inside the group may abort
+        torch.distributed.destroy_process_group()

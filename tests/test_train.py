@@ -158,6 +158,7 @@ def test_every_record_is_seen_once_an_epoch(make_config, accelerator, samples):
 
 
 REFUSALS = {
+    "data=": "--model and --data FILE, the records, go together",
     "num_rollouts=1": "--num_rollouts must be 2 or more",
     "kappa=-0.1": "--kappa, --lam and --beta must be 0 or more",
     "lam=0.3": "--lam must be below --kappa",
