@@ -188,4 +188,5 @@ if __name__ == "__main__":
              "lively": lively}
     modes[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():  # a rank that exits inside the group may abort
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
