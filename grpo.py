@@ -225,7 +225,7 @@ def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
              synced: bool = False) -> list[Completion]:
     """Sample a completion of each prompt, in one batch, each from a seed of its own: leaving one
     out changes nothing for the others. Those of a row go on side by side, K tokens a step, each
-    seeing what is its own. `synced` (sharded parameters): step until every rank is done."""
+    seeing its own; `read`'s cache grows by them. `synced` (sharded): till all ranks are done."""
     row, logits, device = read.row, read.logits, read.row.device
     chances = torch.stack([
         torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))

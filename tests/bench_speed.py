@@ -40,6 +40,7 @@ HEADLINE = dict(width=256, layers=6, vision=128, depth=4, size=(320, 256), frame
                 questions=1)
 TINY = dict(width=96, layers=2, vision=64, depth=1, size=(32, 32), frames=16, G=8, tokens=14,
             questions=4)
+MOMENTS = itertools.cycle(range(7))
 GROWTH = dict(G=(2, 4, 8, 16), frames=(8, 16, 32, 64), tokens=(32, 128, 512))
 
 
@@ -115,8 +116,9 @@ def setting(shape: dict, beta=0.0):
 def brain(seconds: float, talks: list, _: float) -> list:
     """A teacher that takes its time and then points at a moment, each time at another, by a frame."""
     time.sleep(seconds)
-    patches = [{"content": "look there", "key_frames": [k % 8], "temporal_markers": [[k % 8, k % 8 + 1]]}
-               for k in range(len(talks))]
+    moments = [next(MOMENTS) for _ in talks]  # workers ask one at a time
+    patches = [{"content": "look there", "key_frames": [k], "temporal_markers": [[k, k + 1]]}
+               for k in moments]
     return [(json.dumps({"error_classification": "temporal", "evidence_patch": patch}), 1)
             for patch in patches]
 
@@ -270,6 +272,7 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
     with Peak(student.model) as own:
         ours(accelerator, student, questions, optimizer)
     return times | {"ratio": times["trl"] / times["ours"], "repeats": repeats,
+                    "version": version("trl"),
                     "trl_peak_MB": peak.bytes / 1e6, "ours_peak_MB": own.bytes / 1e6}
 
 
@@ -401,7 +404,7 @@ def main() -> None:
     if quick:
         shapes = {"tiny mode": TINY}
         GROWTH.update(G=(2, 4), frames=(8,), tokens=(32,))
-    names = ("torch", "transformers", "trl")
+    names = ("torch", "transformers")
     result = {"machine": "two threads of an AMD EPYC, fp32", "shapes": shapes,
               "versions": {name: version(name) for name in names}}
     for name, shape in shapes.items():
