@@ -40,6 +40,7 @@ class DataError(ValueError):
 @dataclass
 class Sample:
     """One video question. `truth` is for a scripted teacher or a cold start alone to look up."""
+
     id: str
     question: str
     options: list[str]
@@ -116,22 +117,32 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    return Sample(str(record.get("problem_id", where)), record["problem"], [*map(str, options)],
-                  answer.strip(), kind, str(video), str(record.get("data_source", "")), truth)
+    return Sample(
+        str(record.get("problem_id", where)),
+        record["problem"],
+        [*map(str, options)],
+        answer.strip(),
+        kind,
+        str(video),
+        str(record.get("data_source", "")),
+        truth,
+    )
 
 
 @dataclass
 class Decoder:
     """decord in a process of its own: a corrupt packet can make it abort or hang, which then raises
     `DataError` for that video and not the run. Serves one thread at a time."""
+
     patience: float = 60.0  # seconds that a request may take
     child: Popen | None = None
 
     def __call__(self, path: str, indices: list[int] | None = None):
         """Frames, (n, height, width, 3) uint8; without `indices`, fps and every frame's seconds."""
         if self.child is None or self.child.poll() is not None:
-            self.child = Popen([sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE,
-                               stderr=DEVNULL)
+            self.child = Popen(
+                [sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+            )
         clock = threading.Timer(self.patience, self.child.kill)
         clock.start()
         try:
@@ -170,13 +181,16 @@ def serve_decoder() -> None:
 
 class Video:
     """A video, frames by their original index: teacher.py's clip. Raises `DataError` if broken."""
+
     def __init__(self, path: str, decoder: Decoder = Decoder()):
         self.path, self.decoder = str(path), decoder
         # frame(i): one original frame at native size; the last are kept, tools look at them again.
         self.frame = lru_cache(32)(lambda i: Image.fromarray(decoder(str(path), [i])[0]))
         self.fps, self.times = decoder(self.path)
-        need(len(self) > 1 and 0 < self.fps < 1e4,
-             f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file")
+        need(
+            len(self) > 1 and 0 < self.fps < 1e4,
+            f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file",
+        )
         with open(path, "rb") as file:
             name, size = file.read(4), int.from_bytes(file.read(4), "little")
         cut = name == b"RIFF" and size + 8 > os.path.getsize(path)  # decord opens what is left
@@ -205,6 +219,7 @@ def fit(image: Image.Image, max_pixels: int) -> Image.Image:
 
 def look_at(paths: list[str], num_frames: int = 1) -> dict:
     """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
+
     def look(path: str, mine=threading.local()):  # a decoder for each thread
         try:
             video = Video(path, vars(mine).setdefault("decoder", Decoder()))
@@ -212,14 +227,17 @@ def look_at(paths: list[str], num_frames: int = 1) -> dict:
             return len(video), video.seconds(-1)
         except DataError as error:
             return error
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(paths, tqdm(pool.map(look, paths), "videos", len(paths), leave=False)))
 
 
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return name + pack("<I", len(body)) + body
+
     (w, h), n, most, movie, index = frames[0].size, len(frames), 0, b"movi", b""
     for frame in frames:
         frame.convert("RGB").save(file := BytesIO(), "JPEG", quality=92)
@@ -235,11 +253,23 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
 
 
 # --- needle videos: one short moment answers the question ---
-COLOURS = {"red": (215, 30, 30), "green": (30, 160, 50), "blue": (40, 60, 220),
-           "yellow": (240, 220, 40), "cyan": (40, 210, 220), "pink": (245, 110, 200),
-           "white": (250, 250, 250), "black": (9, 9, 9)}
-RELATIONS = {-2: "two moments before", -1: "one moment before", 0: "during",
-             1: "one moment after", 2: "two moments after"}  # the flash
+COLOURS = {
+    "red": (215, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 60, 220),
+    "yellow": (240, 220, 40),
+    "cyan": (40, 210, 220),
+    "pink": (245, 110, 200),
+    "white": (250, 250, 250),
+    "black": (9, 9, 9),
+}
+RELATIONS = {
+    -2: "two moments before",
+    -1: "one moment before",
+    0: "during",
+    1: "one moment after",
+    2: "two moments after",
+}  # the flash
 MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
 
 
@@ -260,8 +290,10 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
     for i in range(n):
         cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
         look, name, frames = cue + relation, f"needle-{seed}-{i:05d}", []
-        scenes = [(rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
-                  for _ in range(MOMENTS)]  # left, top, ring, core
+        scenes = [
+            (rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
+            for _ in range(MOMENTS)
+        ]  # left, top, ring, core
         for moment, (x, y, ring, core) in enumerate(scenes):
             for frame in moment_frames(moment):  # a square, over a bar that tells the time
                 grey = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
@@ -276,16 +308,36 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
         box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
         flash, shown = ({"key_frames": f[:1], "moment": f} for f in map(moment_frames, (cue, look)))
         evidence = [  # for `scripted`
-            {"cites": f"flash {moment_time(cue)}", "error_type": "temporal",
-             "guidance": "the flash is here", **flash},
-            {"cites": f"look {moment_time(look)}", "error_type": "misconception",
-             "guidance": "count from the flash", **flash},
-            {"error_type": "spatial", "guidance": "look at the square", "region": box, **shown}]
-        records.append({"problem_id": name, "data_source": "needle", "path": f"{name}.avi",
-                        "data_type": "video", "problem_type": "exact", "options": [],
-                        "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
-                        "solution": f"<answer>{ring} {core}</answer>", "evidence": evidence,
-                        "moments": [scene[2:] for scene in scenes], "cue": cue, "look": look})
+            {
+                "cites": f"flash {moment_time(cue)}",
+                "error_type": "temporal",
+                "guidance": "the flash is here",
+                **flash,
+            },
+            {
+                "cites": f"look {moment_time(look)}",
+                "error_type": "misconception",
+                "guidance": "count from the flash",
+                **flash,
+            },
+            {"error_type": "spatial", "guidance": "look at the square", "region": box, **shown},
+        ]
+        records.append(
+            {
+                "problem_id": name,
+                "data_source": "needle",
+                "path": f"{name}.avi",
+                "data_type": "video",
+                "problem_type": "exact",
+                "options": [],
+                "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
+                "solution": f"<answer>{ring} {core}</answer>",
+                "evidence": evidence,
+                "moments": [scene[2:] for scene in scenes],
+                "cue": cue,
+                "look": look,
+            }
+        )
     (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(root / "records.jsonl")
 
@@ -295,6 +347,7 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
     """A brain for teacher.py that looks the evidence up by case id, but speaks the whole protocol.
     `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
     `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
+
     def reply(talk: list[dict]) -> tuple[str, int]:
         case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
         if case_id not in truths:
@@ -307,11 +360,15 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
             zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
             calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
             return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
-        patch = {"content": evidence.get("guidance", ""), "key_frames": frames,
-                 "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
-                 "spatial_regions": [{"frame": frames[0], "box": region}] if region else []}
+        patch = {
+            "content": evidence.get("guidance", ""),
+            "key_frames": frames,
+            "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
+            "spatial_regions": [{"frame": frames[0], "box": region}] if region else [],
+        }
         body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
+
     return lambda talks, seconds: [reply(talk) for talk in talks]
 
 
@@ -339,8 +396,12 @@ def main() -> None:
     print(f"  {'asked again':14}{twice} (same question about the same video)")
     listed, found = Path(f"{c.file}.skip.json"), {"data": sha, "records": wrong}
     listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(*wrong.values(), f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
-          "others for train.py --skip", sep="\n")
+    print(
+        *wrong.values(),
+        f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
+        "others for train.py --skip",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -36,16 +36,20 @@ PROMPT = """{question}
 {options}
 Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
-SUFFIXES = {"multiple choice": "The answer is the letter of one option.",
-            "numerical": "The answer is one number.", "regression": "The answer is one number.",
-            "OCR": "The answer is the text as it is written in the video.",
-            "free-form": "The answer is a short phrase.",
-            "exact": "The answer is exactly the words that are asked for."}
+SUFFIXES = {
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is one number.",
+    "regression": "The answer is one number.",
+    "OCR": "The answer is the text as it is written in the video.",
+    "free-form": "The answer is a short phrase.",
+    "exact": "The answer is exactly the words that are asked for.",
+}
 
 
 @dataclass
 class Student:
     """π_θ and how it sees and answers."""
+
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
@@ -56,6 +60,7 @@ class Student:
 @dataclass
 class Question:
     """x: a sample, its video, and the student's view of it."""
+
     sample: Sample
     video: Video
     indices: list[int]  # original frames shown to the student
@@ -72,6 +77,7 @@ class Question:
 @dataclass
 class Rollout:
     """A response and all that its reward is made of. `prompt` is the one that it answers."""
+
     prompt: dict
     completion: Completion
     text: str
@@ -109,8 +115,11 @@ def open_questions(student: Student, samples: list[Sample], spare: Question) -> 
 
 def render_question(student: Student, sample: Sample, more: list = ()) -> str:
     """The prompt's text: video, question, `more` (a patch), which only prolongs the user turn."""
-    fields = {"question": sample.question, "options": "\n".join(sample.options),
-              "suffix": SUFFIXES[sample.problem_type]}
+    fields = {
+        "question": sample.question,
+        "options": "\n".join(sample.options),
+        "suffix": SUFFIXES[sample.problem_type],
+    }
     text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}, *more]}]
     return student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -119,11 +128,13 @@ def render_question(student: Student, sample: Sample, more: list = ()) -> str:
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
     """The patch as chat parts: a text, with times as Qwen3-VL's processor writes them, then key
     frames with regions drawn, and crops, at native size; without pictures, regions by corners."""
+
     def at(first: int, last: int) -> str:
         start, end = video.seconds(first), video.seconds(last)
         if end - start <= spacing:  # one moment of the student's view
             return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
+
     lines = [f"\n\nEvidence ({patch.error_type}):"]
     if patch.spans:
         lines.append("Moments:" + ",".join(at(*span) for span in patch.spans))
@@ -158,18 +169,32 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     indices = [video.seconds(i) * fps for i in question.indices]
     metadata = VideoMetadata(len(video), fps, duration=len(video) / fps, frames_indices=indices)
     inputs = student.processor(
-        text=[text], videos=[question.frames], images=pictures or None, video_metadata=[metadata],
-        do_sample_frames=False, return_tensors="pt")
+        text=[text],
+        videos=[question.frames],
+        images=pictures or None,
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
     length, most = inputs["input_ids"].shape[1], config.max_prompt_length
     if length > most:
-        raise ValueError(f"record {question.sample.id}: its prompt has {length} tokens, over the "
-                         f"limit of {most}; raise --max_prompt_length or lower --num_frames")
+        raise ValueError(
+            f"record {question.sample.id}: its prompt has {length} tokens, over the "
+            f"limit of {most}; raise --max_prompt_length or lower --num_frames"
+        )
     return with_positions(student.model, dict(inputs.to(student.model.device)))
 
 
 # --- the round: Find → Fix → Reason ---
-def find_fix_reason(student: Student, questions: list[Question], num_rollouts: int, teacher,
-                    kappa: float, lam: float, seed: tuple) -> list[list[Rollout]]:
+def find_fix_reason(
+    student: Student,
+    questions: list[Question],
+    num_rollouts: int,
+    teacher,
+    kappa: float,
+    lam: float,
+    seed: tuple,
+) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
     `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
     A rollout's randomness is of `seed`, its sample and its place alone, whatever others become."""
@@ -201,7 +226,8 @@ def find_fix_reason(student: Student, questions: list[Question], num_rollouts: i
         patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
         trunks.append(questions[0].prompt)
     again = patched and generate(
-        model, prefill(model, patched, sampling, read, trunks), seeds, sampling, synced)
+        model, prefill(model, patched, sampling, read, trunks), seeds, sampling, synced
+    )
     # τ̂_i = τ_i if z_i = 1 else τ*_i
     for (k, patch, prompt), completion in zip(repairs, again):
         repaired = judge(student, asked[k], prompt, completion)
@@ -249,13 +275,21 @@ def _seed(*parts) -> int:
 def describe(question: Question, r: Rollout) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""
     frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
-    return {"failure": not r.first.score.correct, "intervention": r.failed is not None,
-            "reward": r.reward, "format": r.score.format, "truncated": not r.completion.finished,
-            "length": len(r.completion.ids), "entropy": float(r.completion.entropy.sum()),
-            "fix": r.score.correct, "align": r.align,
-            "cause": r.error and r.error.cause, "patch_frames": len(frames),
-            "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
-            "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x)}
+    return {
+        "failure": not r.first.score.correct,
+        "intervention": r.failed is not None,
+        "reward": r.reward,
+        "format": r.score.format,
+        "truncated": not r.completion.finished,
+        "length": len(r.completion.ids),
+        "entropy": float(r.completion.entropy.sum()),
+        "fix": r.score.correct,
+        "align": r.align,
+        "cause": r.error and r.error.cause,
+        "patch_frames": len(frames),
+        "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
+        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
+    }
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
@@ -271,8 +305,11 @@ def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
         metrics[name] = join(update[name] for update in updates)
     causes = [row["cause"] for row in rows if row["cause"]]
     asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
-    metrics |= {"unaided": 1 - metrics["failure"] if rows else 0.0, "teacher_failures": len(causes),
-                "won_per_call": sum(row["fix"] for row in repaired) / asked}
+    metrics |= {
+        "unaided": 1 - metrics["failure"] if rows else 0.0,
+        "teacher_failures": len(causes),
+        "won_per_call": sum(row["fix"] for row in repaired) / asked,
+    }
     return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
 
 
@@ -294,7 +331,8 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, 
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
         ("Fix: the evidence patch", evidence["text"].strip(), given),
         (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), []),
-        ("Reward", f"{reward} = {rollout.reward:.2f}", [])]
+        ("Reward", f"{reward} = {rollout.reward:.2f}", []),
+    ]
     page, y = Image.new("RGB", (1200, 8000), "white"), 24
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(19)
     for heading, text, pictures in sections:
@@ -317,8 +355,9 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, 
 
 def show_repair(config, questions: list[Question], groups: list, step: int) -> None:
     """Draw the step's first repair that came out right."""
-    fixed = [(q, r) for q, group in zip(questions, groups) for r in group
-             if r.failed and r.score.correct]
+    fixed = [
+        (q, r) for q, group in zip(questions, groups) for r in group if r.failed and r.score.correct
+    ]
     for question, rollout in fixed[:1]:
         name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}") + ".png"
         draw_repair(question, rollout, config.kappa, config.lam, Path(config.out, "repairs", name))
@@ -338,10 +377,19 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
         questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
         with accelerator.autocast():
             groups = find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
-        fresh = gather_object([
-            {"id": q.sample.id, "type": q.sample.problem_type, "source": q.sample.source,
-             "unaided": r.first.score.correct, "assisted": r.score.correct}
-            for q, (r,) in zip(questions, groups) if q.counts])
+        fresh = gather_object(
+            [
+                {
+                    "id": q.sample.id,
+                    "type": q.sample.problem_type,
+                    "source": q.sample.source,
+                    "unaided": r.first.score.correct,
+                    "assisted": r.score.correct,
+                }
+                for q, (r,) in zip(questions, groups)
+                if q.counts
+            ]
+        )
         add_rows(accelerator, file, fresh)
         rows += fresh
     return rows
@@ -368,8 +416,12 @@ def explain(arguments: list[str]) -> None:
     """One round on a video of one's own: prints what is repaired and draws it as OUT/why.png."""
     import train  # which imports this file
 
-    parser = argparse.ArgumentParser("ffr.py", allow_abbrev=False, description=explain.__doc__,
-                                     epilog="Give --teacher_model, and what train.py takes.")
+    parser = argparse.ArgumentParser(
+        "ffr.py",
+        allow_abbrev=False,
+        description=explain.__doc__,
+        epilog="Give --teacher_model, and what train.py takes.",
+    )
     parser.add_argument("video", help="before any of the settings")
     for name in ("--question", "--answer", "--model"):
         parser.add_argument(name, required=True)
@@ -387,8 +439,10 @@ def explain(arguments: list[str]) -> None:
         raise SystemExit(f"ffr.py: {error}") from error
     (group,) = find_fix_reason(student, [asked], c.num_rollouts, teach, c.kappa, c.lam, (c.seed,))
     repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
-    print(f"{sum(r.first.score.correct for r in group)} of {len(group)} right at first ({kind}), "
-          f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch.")
+    print(
+        f"{sum(r.first.score.correct for r in group)} of {len(group)} right at first ({kind}), "
+        f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch."
+    )
     print(*dict.fromkeys(f"{r.text}\n  No patch ({r.error})" for r in group if r.error), sep="\n")
     for repair in repairs[:1]:
         text = draw_repair(asked, repair, c.kappa, c.lam, Path(c.out, "why.png"))
@@ -397,4 +451,5 @@ def explain(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     import ffr  # this file once more, as train.py knows it
+
     ffr.explain(sys.argv[1:])

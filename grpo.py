@@ -34,10 +34,13 @@ def load_policy(name: str, attention="", checkpointing=False, freeze_vision=Fals
     hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     opening = processor.apply_chat_template(hello, tokenize=False, add_generation_prompt=True)
     if opening.rstrip().endswith("<think>"):
-        raise ValueError(f"{name}: its chat template opens <think> itself, so the format reward "
-                         "would be 0 for ever; take that out of the template")
+        raise ValueError(
+            f"{name}: its chat template opens <think> itself, so the format reward "
+            "would be 0 for ever; take that out of the template"
+        )
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention or None)
+        name, dtype=torch.float32, attn_implementation=attention or None
+    )
     vision = model.get_encoder("video")
     if freeze_vision and vision is model:
         raise ValueError(f"{name}: no vision tower is found in it; train it without freezing")
@@ -50,6 +53,7 @@ def load_policy(name: str, attention="", checkpointing=False, freeze_vision=Fals
 @dataclass
 class Sampling:
     """How completions are sampled, and so how they are scored. `temperature` 0 is greedy."""
+
     temperature: float = 1.0
     top_p: float = 0.95
     max_tokens: int = 1024
@@ -107,8 +111,10 @@ def common(*prompts: dict) -> int:
 
 def rest(prompt: dict, trunk: dict, n: int) -> dict:
     """What a prompt has after its first n tokens; all of `trunk`'s videos stand in these."""
-    parts = {key: x[..., n:] if key in PER_TOKEN else x[len(trunk.get(key, ())) :]
-             for key, x in prompt.items()}
+    parts = {
+        key: x[..., n:] if key in PER_TOKEN else x[len(trunk.get(key, ())) :]
+        for key, x in prompt.items()
+    }
     return {key: x for key, x in parts.items() if x.numel()}
 
 
@@ -117,8 +123,10 @@ def pack(trunk: dict, prompts: list[dict], ids: list[Tensor]) -> dict:
     has before its last token, once however often it is given; then leaves, for each prompt its
     last token and `ids`. `branch`: 1 in the trunk, above 1 in a prompt's part, below 0 in a leaf;
     `parent`: the branch that it goes on from."""
+
     def labelled(part: dict, **labels: int) -> dict:
         return part | {key: torch.full_like(part["input_ids"], k) for key, k in labels.items()}
+
     n, own, leaves = common(trunk, *prompts), {}, []
     head = {key: x[..., :n] if key in PER_TOKEN else x for key, x in trunk.items()}
     parts = [labelled(head, branch=1, parent=1)]
@@ -141,16 +149,20 @@ def in_rows(model, prompts: list[dict], ids: list[Tensor], trunks: list[dict]) -
     for i, trunk in enumerate(trunks):
         groups.setdefault(id(trunk) if shared else i, []).append(i)
     heads = [trunks[group[0]] for group in groups.values()]
-    rows = [pack(head, [prompts[i] for i in group], [ids[i] for i in group])
-            for head, group in zip(heads, groups.values())]
+    rows = [
+        pack(head, [prompts[i] for i in group], [ids[i] for i in group])
+        for head, group in zip(heads, groups.values())
+    ]
     return rows, heads, sum(groups.values(), [])
 
 
 def join(parts: list[dict], dim: int) -> dict:
     """What there is for each token along `dim`; pixels and grids one after another."""
     found = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
-    return {key: torch.cat(values, dim if key in PER_TOKEN else 0) if values[1:] else values[0]
-            for key, values in found.items()}
+    return {
+        key: torch.cat(values, dim if key in PER_TOKEN else 0) if values[1:] else values[0]
+        for key, values in found.items()
+    }
 
 
 def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
@@ -158,8 +170,16 @@ def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
     `before` (B, N − L). Also: which tokens are of leaves (B, L), and what each one sees (B, L, N):
     the trunk, its own branch and that one's parent, up to itself."""
     longest = max(row["input_ids"].shape[1] for row in rows)
-    batch = join([{key: pad(x, (longest - x.shape[-1], 0)) if key in PER_TOKEN else x
-                   for key, x in row.items()} for row in rows], -2)
+    batch = join(
+        [
+            {
+                key: pad(x, (longest - x.shape[-1], 0)) if key in PER_TOKEN else x
+                for key, x in row.items()
+            }
+            for row in rows
+        ],
+        -2,
+    )
     branch, parent = batch.pop("branch"), batch.pop("parent")
     keys = branch if before is None else torch.cat([before, branch], 1)
     sees = (keys == 1)[:, None] | (keys[:, None] == branch[..., None])
@@ -195,8 +215,13 @@ Prefill = namedtuple("Prefill", "prompts cache row sees position logits")
 
 
 @torch.no_grad()
-def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None = None,
-            trunks: list[dict] = ()) -> Prefill:
+def prefill(
+    model,
+    prompts: list[dict],
+    sampling: Sampling,
+    seen: Prefill | None = None,
+    trunks: list[dict] = (),
+) -> Prefill:
     """Read S prompts. `trunks`: for each one that `seen` has read; what they have in common is not
     read again, and `seen` is used up. `model` is unwrapped, and left in eval. Returns them and the
     cache; for each its `row` there (S,); what its last token `sees` of that (S, N), and its
@@ -221,15 +246,20 @@ def prefill(model, prompts: list[dict], sampling: Sampling, seen: Prefill | None
 
 
 @torch.no_grad()
-def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
-             synced: bool = False) -> list[Completion]:
+def generate(
+    model, read: Prefill, seeds: list[int], sampling: Sampling, synced: bool = False
+) -> list[Completion]:
     """Sample a completion of each prompt, in one batch, each from a seed of its own: leaving one
     out changes nothing for the others. Those of a row go on side by side, K tokens a step, each
     seeing its own; `read`'s cache grows by them. `synced` (sharded): till all ranks are done."""
     row, logits, device = read.row, read.logits, read.row.device
-    chances = torch.stack([
-        torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
-        for seed in seeds], 1).to(device)  # (T, S, 1)
+    chances = torch.stack(
+        [
+            torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ],
+        1,
+    ).to(device)  # (T, S, 1)
     slot = (row[:, None] == row).tril(-1).sum(1)  # (S,), which of its row's K
     R, K = int(row.max()) + 1, int(slot.max()) + 1
     ids = torch.zeros(R, K, dtype=torch.long, device=device)
@@ -250,15 +280,27 @@ def generate(model, read: Prefill, seeds: list[int], sampling: Sampling,
             break
         position, sees = position + 1, torch.cat([sees, itself], -1)
         mask = sees[:, None] if K > 1 else sees[:, 0].long()
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position,
-                       cache=read.cache, use_cache=True).logits[row, slot]
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            cache=read.cache,
+            use_cache=True,
+        ).logits[row, slot]
     parts = [torch.cat(values, 1) for values in zip(*sampled)]  # each (S, T)
-    return [Completion(*(part[k, :n] for part in parts), not unended)
-            for k, (n, unended) in enumerate(zip(lengths.tolist(), going.tolist()))]
+    return [
+        Completion(*(part[k, :n] for part in parts), not unended)
+        for k, (n, unended) in enumerate(zip(lengths.tolist(), going.tolist()))
+    ]
 
 
-def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Sampling,
-                trunks: list[dict] | None = None) -> tuple:
+def token_logps(
+    model,
+    prompts: list[dict],
+    ids: list[Tensor],
+    sampling: Sampling,
+    trunks: list[dict] | None = None,
+) -> tuple:
     """Log-probs of completions under their prompts: `logps, mask`, each (B, T) fp32. The mask is 1
     on completion tokens, 0 on padding. Those with the same trunk (by default, the same prompt)
     stand in one row, where each sees the trunk and itself: a video is encoded once for all, and
@@ -269,11 +311,17 @@ def token_logps(model, prompts: list[dict], ids: list[Tensor], sampling: Samplin
     batch, leaf, _ = stack(rows, sampling.pad_id)
     logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
     tokens = torch.cat([ids[i] for i in order])
+
     def chosen(logits: Tensor, tokens: Tensor) -> Tensor:  # (N, V), (N,) → (N,)
         return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
     # In parts, and computed again backward: fp32 logits of all are large.
-    flat = torch.cat([checkpoint(chosen, *part, use_reentrant=False)
-                      for part in zip(logits.split(CHUNK), tokens.split(CHUNK))])
+    flat = torch.cat(
+        [
+            checkpoint(chosen, *part, use_reentrant=False)
+            for part in zip(logits.split(CHUNK), tokens.split(CHUNK))
+        ]
+    )
     logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
     logps = [logps[i] for i in range(len(ids))]
     return pad_sequence(logps, True), pad_sequence([*map(torch.ones_like, logps)], True)
@@ -290,8 +338,16 @@ def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = 
     return centred / (std + 1e-4)
 
 
-def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor,
-              mask: Tensor, total_tokens: float, epsilon=0.2, beta=0.04) -> Tensor:
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    total_tokens: float,
+    epsilon=0.2,
+    beta=0.04,
+) -> Tensor:
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
     logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
     step's rollouts on all ranks, so that parts add up to the token mean. KL is the k3 estimate
@@ -309,9 +365,21 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advant
 Row = namedtuple("Row", "trunk prompt completion advantage weight", defaults=[1.0])
 
 
-def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: float,
-           sampling: Sampling, epsilon=0.2, beta=0.04, num_updates=1, max_grad_norm=5.0, at_once=0,
-           stand_in: dict | None = None) -> dict[str, float]:
+def update(
+    accelerator,
+    model,
+    reference,
+    optimizer,
+    rows: list[Row],
+    tokens: float,
+    sampling: Sampling,
+    epsilon=0.2,
+    beta=0.04,
+    num_updates=1,
+    max_grad_norm=5.0,
+    at_once=0,
+    stand_in: dict | None = None,
+) -> dict[str, float]:
     """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
     `model` and `optimizer` are the accelerator's. `tokens`: how many of weight 1 there are on all
     processes. `at_once`: rollouts in a forward and backward, 0 for all; their gradients add up.
@@ -323,8 +391,11 @@ def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: fl
     idle = sum(row.advantage == 0 and beta == 0 for row in rows)
     rows = rows[: max(1, len(rows) - min(gather_object([idle])))]
     size, old, ref = at_once or len(rows), {}, {}
-    extra = [Row(stand_in, stand_in, c._replace(ids=c.ids[:1]), 0.0, 0.0)
-             for c in [rows[0].completion] if stand_in is not None]
+    extra = [
+        Row(stand_in, stand_in, c._replace(ids=c.ids[:1]), 0.0, 0.0)
+        for c in [rows[0].completion]
+        if stand_in is not None
+    ]
     for _ in range(num_updates):
         figures = Counter()
         for k in range(0, len(rows), size):
@@ -343,11 +414,16 @@ def update(accelerator, model, reference, optimizer, rows: list[Row], tokens: fl
             accelerator.backward(loss * accelerator.num_processes)
             d, ratio = ref.get(k, now) - now, (now - old[k]).exp()
             means = {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
-            figures.update({name: ((value * mask).sum() / tokens).item()
-                            for name, value in means.items()} | {"loss": loss.item()})
+            figures.update(
+                {name: ((value * mask).sum() / tokens).item() for name, value in means.items()}
+                | {"loss": loss.item()}
+            )
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    gap = max((row.completion.logps - logp[: len(row.completion.ids)]).abs().max().item()
-              for k, logps in old.items() for row, logp in zip(rows[k : k + size], logps))
+    gap = max(
+        (row.completion.logps - logp[: len(row.completion.ids)]).abs().max().item()
+        for k, logps in old.items()
+        for row, logp in zip(rows[k : k + size], logps)
+    )
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 class Score(NamedTuple):
     """What a response earned before any tax: R(τ), R_fmt(τ) and z."""
+
     accuracy: float
     format: float
     correct: bool
@@ -49,7 +50,8 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
         "OCR": lambda: max(0.0, 1.0 - word_error_rate(x, y)),
         "free-form": lambda: (rouge_n(x, y, 1) + rouge_n(x, y, 2) + rouge_l(x, y)) / 3,
         "regression": lambda: max(0.0, 1.0 - _relative_error(x, y)),  # 0 at nan too
-        "exact": lambda: _words(x) == _words(y)}
+        "exact": lambda: _words(x) == _words(y),
+    }
     if problem_type not in rewards:
         raise ValueError(f"unknown problem_type '{problem_type}'")
     return float(rewards[problem_type]())
@@ -154,37 +156,60 @@ def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa
 
 # --- the leak gate: do a teacher's words give the answer away? Rules for English, ours ---
 NUMBER, TO = r"\d+(?:\.\d+)?", r" ?(?:-|–|to|and) ?"
-TIMES = (rf"\d+:\d\d|(?:{NUMBER}{TO})?{NUMBER}[ -]?(?:second|sec|s|minute|min|hour|frame)s?\b|"
-         rf"\b(?:second|minute|frame)s? {NUMBER}(?:{TO}{NUMBER})?")
+TIMES = (
+    rf"\d+:\d\d|(?:{NUMBER}{TO})?{NUMBER}[ -]?(?:second|sec|s|minute|min|hour|frame)s?\b|"
+    rf"\b(?:second|minute|frame)s? {NUMBER}(?:{TO}{NUMBER})?"
+)
 ASKS = {  # what a question asks for, and so a patch must not say
     "place": r"(^|[,.:;] |\band )where\b|\b((which|what) (side|part|corner|hand)|position|to my)\b",
     "time": r"(^|[,.:;] |\band )when\b(?!.*, )|\bhow (long|much time|many (seconds|minutes))\b|"
-            r"\b(what|which) (exact )?(time|second|minute|moment|point)\b",
+    r"\b(what|which) (exact )?(time|second|minute|moment|point)\b",
     "quality": r"\b(colou?r|material|pattern|shape)",
-    "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b"}
-COUNTS = {name: n for n, names in zip([*range(21), *range(30, 101, 10), 0.5, 0.25], (
-    "zero none nobody|one once single|two twice pair couple both double|three triple trio|four|"
-    "five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|sixteen|"
-    "seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|"
-    "half|quarter").split("|")) for name in names.split()}
-FORMS = dict(pair.split("=") for pair in (
-    "threw=throw thrown=throw took=take held=hold sat=sit stood=stand ran=run went=go gave=give "
-    "drank=drink drunk=drink broke=break broken=break fell=fall tore=tear torn=tear tying=tie "
-    "ate=eat wrote=write drew=draw rode=ride wore=wear behind=back").split())
-COMMON = set("a an the it its this that there he his she her their they you and or then as of in "
-             "on at to into from by with for is are was were be do does did has who what".split())
+    "truth": r"^\W*(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
+}
+COUNTS = {
+    name: n
+    for n, names in zip(
+        [*range(21), *range(30, 101, 10), 0.5, 0.25],
+        (
+            "zero none nobody|one once single|two twice pair couple both double|three triple trio|"
+            "four|five|six|seven|eight|nine|ten|eleven|twelve dozen|thirteen|fourteen|fifteen|"
+            "sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|"
+            "ninety|hundred|half|quarter"
+        ).split("|"),
+    )
+    for name in names.split()
+}
+FORMS = dict(
+    pair.split("=")
+    for pair in (
+        "threw=throw thrown=throw took=take held=hold sat=sit stood=stand ran=run went=go "
+        "gave=give drank=drink drunk=drink broke=break broken=break fell=fall tore=tear "
+        "torn=tear tying=tie ate=eat wrote=write drew=draw rode=ride wore=wear behind=back"
+    ).split()
+)
+COMMON = set(
+    "a an the it its this that there he his she her their they you and or then as of in "
+    "on at to into from by with for is are was were be do does did has who what".split()
+)
 WEAK = set("hand side look watch keep see up out off over down aft befor".split())  # say little
 NOT = r"\b(not|no|never|neither|nor|0|nothing|without|ignore|unlikely|rather than|wrong)\b|n't\b"
-SAYS = (r"\b(right|correct|best) (option|choice|answer|value)\b|\banswer (is|was|lies|should)\b|"
-        r"\b(first|second|third|fourth|last|final)\b[^.]*\b(option|choice|listed)|\bopposite of\b")
-LETTERS = (r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
-           r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|\b([a-h])[)\"'”]")
+SAYS = (
+    r"\b(right|correct|best) (option|choice|answer|value)\b|\banswer (is|was|lies|should)\b|"
+    r"\b(first|second|third|fourth|last|final)\b[^.]*\b(option|choice|listed)|\bopposite of\b"
+)
+LETTERS = (
+    r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|are|and|or|nor|fits|has)\b))(?![\w'’-])|"
+    r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter) \W?([a-h])\b|\b([a-h])[)\"'”]"
+)
 CORRECTS = r"\b(more|fewer|less|too|short|off|missed|extra|exactly|total|\d as (many|much|long))\b"
 YOURS = r"\byour (count|estimate|number)|\byou (counted|missed|left|gave|said|named|took)\b"
 CLAUSE = r"[;:!?–—]|[.,](?!\d)| and | but "
-ASSERTS = (r"\b(yes|(?<!do )not|no|never|nothing|is|are|was|were|does|did|has|had)\b|(?<!do)n't\b|"
-           r"\w (do|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?\w+ \w+(s|ed)\b|"
-           r"\b(it|he|she|they|there|you) (?!(to|in|on|at|from|a|again|with|back|out|up)\b)\w")
+ASSERTS = (
+    r"\b(yes|(?<!do )not|no|never|nothing|is|are|was|were|does|did|has|had)\b|(?<!do)n't\b|"
+    r"\w (do|can)\b|^\W*(the|his|her|its|their|both|all) (\w+ )?\w+ \w+(s|ed)\b|"
+    r"\b(it|he|she|they|there|you) (?!(to|in|on|at|from|a|again|with|back|out|up)\b)\w"
+)
 AFTER = r"\b(when|while|as|where|what|which|who|whether|if|until|before|after|how|that|moment)\b"
 ADVERBS = r"\bright (?=(after|before|when|as|at|where|behind)\b)|\b(keep|have) (?=(on|an?|in)\b)"
 
@@ -245,8 +270,13 @@ def _counted(low: str, q: str, goal: float) -> bool:
     wrong = any(re.search(NUMBER, c) and re.search(CORRECTS, c) for c in re.split(CLAUSE, low))
     found = re.findall(rf"({NUMBER})(?=\W*(\w*))", low)  # 'one' is mostly a pronoun
     values = [float(n) for n, thing in found if n != "1" or _stems(thing) & _stems(q)]
-    made = [make(values[a : a + n]) * unit for a in range(len(values)) for n in range(1, 7)
-            for make in (sum, math.prod) for unit in (1, 0.001, 0.01, 100, 1000)]
+    made = [
+        make(values[a : a + n]) * unit
+        for a in range(len(values))
+        for n in range(1, 7)
+        for make in (sum, math.prod)
+        for unit in (1, 0.001, 0.01, 100, 1000)
+    ]
     near = any(abs(x - goal) <= (0.1 * goal if goal % 1 else 1e-9) for x in made)
     return near or wrong or bool(found and re.search(YOURS, low))
 

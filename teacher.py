@@ -26,8 +26,11 @@ from huggingface_hub import InferenceClient
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
-TOOLS = {"get_frame": ("frame_index",), "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
-         "get_temporal_segment": ("start_frame", "end_frame", "stride")}
+TOOLS = {
+    "get_frame": ("frame_index",),
+    "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
+    "get_temporal_segment": ("start_frame", "end_frame", "stride"),
+}
 MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
 MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; frames of a segment
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
@@ -40,6 +43,7 @@ LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a 
 @dataclass
 class Case:
     """S_i: one failed rollout's question x, reference y and response τ_i."""
+
     id: str
     question: str
     options: list[str]
@@ -61,6 +65,7 @@ class Region(NamedTuple):
 @dataclass
 class EvidencePatch:
     """c: what the student is shown besides the unchanged question. Frames are original indices."""
+
     error_type: str
     guidance: str = ""
     key_frames: list[int] = field(default_factory=list)
@@ -73,6 +78,7 @@ class EvidencePatch:
 
 class TeacherError(Exception):
     """No patch for this case. `cause` is one word for the metrics."""
+
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}")
         self.cause, self.detail = cause, detail
@@ -113,9 +119,16 @@ def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]
     """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
     last, end = len(case.video) - 1, case.video.seconds(len(case.video) - 1)
     known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
-    lines = [f"Case: {case.id}", f"The video has {last + 1} frames, the last at {end:.1f} s.",
-             f"Question: {case.question}", *case.options, *known, "The student's response:",
-             case.response, "Frames of the video:"]
+    lines = [
+        f"Case: {case.id}",
+        f"The video has {last + 1} frames, the last at {end:.1f} s.",
+        f"Question: {case.question}",
+        *case.options,
+        *known,
+        "The student's response:",
+        case.response,
+        "Frames of the video:",
+    ]
     shown = sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)})
     content = [_text("\n".join(lines)), *(x for k in shown for x in _picture(case.video, k))]
     return [{"role": "system", "content": [_text(SYSTEM)]}, {"role": "user", "content": content}]
@@ -182,9 +195,11 @@ def _box(values) -> tuple[float, float, float, float]:
 def parse_patch(text: str, video: Sized) -> EvidencePatch:
     """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
     body = text.rpartition("<answer>")[2]
+
     def words(value, most: int) -> str:  # without brackets that spell a student's special token
         value = re.sub(r"[<>\[\]]", " ", _plain(str(value or "")))[: 15 * most]
         return " ".join(value.split()[:most])
+
     try:
         reply = json.loads(body[body.find("{") : body.rfind("}") + 1])
         evidence, kind = reply["evidence_patch"], str(reply["error_classification"]).lower()
@@ -195,8 +210,10 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
             raise TypeError("a text where a list of frames belongs")
         patch.key_frames = list(dict.fromkeys(_index(k, video) for k in frames))[:MAX_FRAMES]
         patch.spans = [tuple(sorted((_index(a, video), _index(b, video)))) for a, b in spans]
-        patch.regions = [Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
-                         for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]]
+        patch.regions = [
+            Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
+            for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]
+        ]
     except (*BAD_DATA, StopIteration) as error:
         raise TeacherError("malformed", _plain(str(error))) from error
     # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
@@ -206,14 +223,25 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
 
 
 # --- Find and Fix: all failures of a step together ---
-def diagnose(cases: list[Case], chat: Chat | None, gate: Gate, show_answer=True, num_frames=16,
-             timeout=300.0, step_timeout=900.0, workers=0, cache="", brain="",
-             spent: Counter | None = None) -> list[EvidencePatch | TeacherError]:
+def diagnose(
+    cases: list[Case],
+    chat: Chat | None,
+    gate: Gate,
+    show_answer=True,
+    num_frames=16,
+    timeout=300.0,
+    step_timeout=900.0,
+    workers=0,
+    cache="",
+    brain="",
+    spent: Counter | None = None,
+) -> list[EvidencePatch | TeacherError]:
     """A patch for each case, or why there is none. With `workers` 0 all cases share one batch per
     turn, else so many go at a time. One may take `timeout` seconds, all `step_timeout`. `cache`: a
     folder of replies by all the brain is shown and by `brain`, its name; no `chat`: replay."""
     end, spent, found = time.monotonic() + step_timeout, Counter() if spent is None else spent, {}
     loops = {repr(case): _tool_loop(case, gate, show_answer, num_frames, spent) for case in cases}
+
     def work(keys: list[str]) -> None:
         stop, replies = min(end, time.monotonic() + timeout), dict.fromkeys(keys)
         while replies:
@@ -226,6 +254,7 @@ def diagnose(cases: list[Case], chat: Chat | None, gate: Gate, show_answer=True,
                 except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
                     found[key] = getattr(last.with_traceback(None), "value", last)
             replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
+
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         list(pool.map(work, [[key] for key in loops] if workers else [[*loops]]))
     return [found[repr(case)] for case in cases]
@@ -270,14 +299,20 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
     replies = [_load(Path(cache, key)) if cache else None for key in keys]
     asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
     fresh = [TeacherError("timeout" if chat else "miss", "no reply in time")] * len(asked)
+
     def call():
         try:
             said = zip(asked, chat([talks[i] for i in asked], end - began), strict=True)
-            fresh[:] = [reply if isinstance(reply, TeacherError) else
-                        (_plain(reply[0][:MAX_REPLY]), int(reply[1])) for _, reply in said]
+            fresh[:] = [
+                reply
+                if isinstance(reply, TeacherError)
+                else (_plain(reply[0][:MAX_REPLY]), int(reply[1]))
+                for _, reply in said
+            ]
         except Exception as error:  # whatever a brain raises costs its cases, never the run
             raised = _plain(f"{type(error).__name__}: {error}")
             fresh[:] = [TeacherError("raised", raised)] * len(asked)
+
     if chat and asked and end > began:
         thread = threading.Thread(target=call, daemon=True)  # one that hangs costs only its time
         thread.start()
@@ -288,8 +323,12 @@ def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) 
                 _store(Path(cache, keys[i]), replies[i])
     with LOCK:
         tokens = sum(replies[i][1] for i in asked if isinstance(replies[i], tuple))
-        spent.update(calls=len(asked) if chat else 0, hits=len(talks) - len(asked), tokens=tokens,
-                     seconds=time.monotonic() - began)
+        spent.update(
+            calls=len(asked) if chat else 0,
+            hits=len(talks) - len(asked),
+            tokens=tokens,
+            seconds=time.monotonic() - began,
+        )
     return replies
 
 
@@ -310,6 +349,7 @@ def _store(file: Path, reply: Reply) -> None:
 def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
     """A brain behind an OpenAI-compatible endpoint that takes images. `key` stays in here."""
     secret = key if key[7:] else "\0"  # a placeholder is no secret, and may be part of any word
+
     def complete(talk: list[dict], end: float) -> Reply:
         for attempt in range(MAX_TRIES):
             left = max(end - time.monotonic(), 0.01)
@@ -324,8 +364,15 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             while (response := getattr(inner, "response", None)) is None and inner.__context__:
                 inner = inner.__context__  # the client may fail at an error's body
             status, now = getattr(response, "status_code", 0), time.time()
-            cause = (f"http_{status}" if status else "malformed" if isinstance(fault, BAD_DATA)
-                     else "timeout" if isinstance(fault, TimeoutError) else "connection")
+            cause = (
+                f"http_{status}"
+                if status
+                else "malformed"
+                if isinstance(fault, BAD_DATA)
+                else "timeout"
+                if isinstance(fault, TimeoutError)
+                else "connection"
+            )
             wait = BACKOFF * 2**attempt * (1 + now % 1)
             with suppress(*BAD_DATA):  # where the endpoint says it, in seconds or as a date
                 said = response.headers["retry-after"]
@@ -334,17 +381,26 @@ def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
             if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
                 return TeacherError(cause, str(fault).replace(secret, "[key]"))
             time.sleep(max(wait, 0.0))
+
     return lambda talks, seconds: [*map(complete, talks, [time.monotonic() + seconds] * len(talks))]
 
 
 def local(model, processor, max_tokens: int = 2048) -> Chat:
     """A brain that is a transformers vision-language model; all conversations go in one batch."""
+
     def chat(talks: list[list[dict]], seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
-            talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"}).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False,
-                             max_time=0.8 * seconds)[:, inputs["input_ids"].shape[1] :]
+            talks,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(model.device)
+        out = model.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, max_time=0.8 * seconds
+        )[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
+
     return chat

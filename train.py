@@ -32,6 +32,7 @@ import teacher
 @dataclass
 class Config:
     """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
+
     model: Annotated[str, "student: folder or hub name of a video VLM; empty: tiny mode"] = ""
     data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
     video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
@@ -83,25 +84,53 @@ class Config:
     keep_checkpoints: Annotated[int, "the newest ones (ours)"] = 2
 
 
-GROUPS = {"model": "data and output", "method": "the teacher", "kappa": "the method",
-          "precision": "the model", "num_frames": "what the student sees and may say",
-          "num_rollouts": "rollouts and objective", "learning_rate": "optimization",
-          "save_steps": "checkpoints"}  # in --help, each from this setting on
+GROUPS = {
+    "model": "data and output",
+    "method": "the teacher",
+    "kappa": "the method",
+    "precision": "the model",
+    "num_frames": "what the student sees and may say",
+    "num_rollouts": "rollouts and objective",
+    "learning_rate": "optimization",
+    "save_steps": "checkpoints",
+}  # in --help, each from this setting on
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
-TINY = dict(out="runs/tiny", prompt="{question}", frame_pixels=1024, picture_pixels=1024,
-            max_completion_length=16, learning_rate=3e-4, beta=0.0, lam=0.1,
-            questions_per_device=4, max_steps=400)
+TINY = dict(
+    out="runs/tiny",
+    prompt="{question}",
+    frame_pixels=1024,
+    picture_pixels=1024,
+    max_completion_length=16,
+    learning_rate=3e-4,
+    beta=0.0,
+    lam=0.1,
+    questions_per_device=4,
+    max_steps=400,
+)
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
-FREE = ("versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url",
-        "teacher_device", "teacher_workers", "teacher_timeout", "teacher_step_timeout")
+FREE = (
+    "versions",
+    "resume",
+    "out",
+    "save_steps",
+    "keep_checkpoints",
+    "teacher_url",
+    "teacher_device",
+    "teacher_workers",
+    "teacher_timeout",
+    "teacher_step_timeout",
+)
 
 
 def parse(arguments: list[str]) -> Config:
     """Read the settings and refuse what cannot be meant."""
     tiny = {} if "--model" in [argument.split("=")[0] for argument in arguments] else TINY
     parser = argparse.ArgumentParser(
-        "train.py", "train.py [--model M --data FILE] [settings]", allow_abbrev=False, description=
-        f"{__doc__} Defaults, in brackets, are the paper's (Table 8); (ours) where it has none.")
+        "train.py",
+        "train.py [--model M --data FILE] [settings]",
+        allow_abbrev=False,
+        description=f"{__doc__} Defaults, in brackets, are the paper's (Table 8), or (ours).",
+    )
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -111,8 +140,13 @@ def parse(arguments: list[str]) -> Config:
             text += f" [{f.default}{f'; tiny mode {TINY[f.name]}' if f.name in TINY else ''}]"
         switch = dict(type=str.capitalize, nargs="?", const="True") if kind is bool else {}
         group.add_argument(
-            f"--{f.name}", default=tiny.get(f.name, f.default), choices=choices or None, help=text,
-            metavar="|".join(choices) or kind.__name__, **{"type": type(f.default)} | switch)
+            f"--{f.name}",
+            default=tiny.get(f.name, f.default),
+            choices=choices or None,
+            help=text,
+            metavar="|".join(choices) or kind.__name__,
+            **{"type": type(f.default)} | switch,
+        )
     words = {"True": True, "False": False}
     c = Config(**{k: words.get(v, v) for k, v in vars(parser.parse_args(arguments)).items()})
     for refused, why in [
@@ -136,7 +170,8 @@ def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, processor = grpo.load_policy(
-        c.model, c.attention, c.gradient_checkpointing, c.freeze_vision)
+        c.model, c.attention, c.gradient_checkpointing, c.freeze_vision
+    )
     sampling = grpo.sampling_for(model, processor, c.temperature, c.top_p, c.max_completion_length)
     synced = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     return ffr.Student(model.to(accelerator.device), processor, sampling, c, synced)
@@ -151,8 +186,10 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
     if kind == "scripted":
         found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
         if not found:
-            raise SystemExit("train.py: no record has 'evidence' for --teacher scripted to look "
-                             "up; take local or remote")
+            raise SystemExit(
+                "train.py: no record has 'evidence' for --teacher scripted to look "
+                "up; take local or remote"
+            )
         chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
     elif kind == "local":
         processor = transformers.AutoProcessor.from_pretrained(name)
@@ -163,13 +200,22 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
         chat = teacher.remote(c.teacher_url, name, key, most)
         (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)
         if isinstance(said, teacher.TeacherError):
-            raise SystemExit(f"train.py: no teacher '{name}' at {c.teacher_url} ({said}); "
-                             "without --teacher_url a --teacher_cache is replayed")
+            raise SystemExit(
+                f"train.py: no teacher '{name}' at {c.teacher_url} ({said}); "
+                "without --teacher_url a --teacher_cache is replayed"
+            )
     return partial(
-        teacher.diagnose, chat=chat, gate=ffr.gate, show_answer=c.teacher_sees_answer,
-        num_frames=c.num_frames, timeout=c.teacher_timeout, step_timeout=c.teacher_step_timeout,
+        teacher.diagnose,
+        chat=chat,
+        gate=ffr.gate,
+        show_answer=c.teacher_sees_answer,
+        num_frames=c.num_frames,
+        timeout=c.teacher_timeout,
+        step_timeout=c.teacher_step_timeout,
         workers=c.teacher_workers if kind == "remote" else 0,
-        cache=c.teacher_cache if kind != "scripted" else "", brain=repr((kind, name, most)))
+        cache=c.teacher_cache if kind != "scripted" else "",
+        brain=repr((kind, name, most)),
+    )
 
 
 def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
@@ -190,9 +236,15 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         accelerator.load_state(str(saved))
     done, metrics_file = int(saved.name) if saved else 0, Path(c.out, "metrics.jsonl")
     history = ffr.read_rows(accelerator, metrics_file, done)
-    for step in (bar := tqdm(range(done, steps), total=steps, initial=done,
-                             disable=not accelerator.is_main_process,
-                             bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]")):
+    for step in (
+        bar := tqdm(
+            range(done, steps),
+            total=steps,
+            initial=done,
+            disable=not accelerator.is_main_process,
+            bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]",
+        )
+    ):
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, c, accelerator), spare)
@@ -200,7 +252,8 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         ask = teach and partial(teach, spent=spent)
         with accelerator.autocast():
             groups = ffr.find_fix_reason(
-                student, questions, c.num_rollouts, ask, c.kappa, c.lam, (c.seed, step))
+                student, questions, c.num_rollouts, ask, c.kappa, c.lam, (c.seed, step)
+            )
         chosen = [(q, r) for q, group in zip(questions, groups) for r in group]
         rows = gather_object([ffr.describe(q, r) for q, r in chosen if q.counts])
         # A_i within each group; the rows, and so the batch's std, are of all processes
@@ -208,19 +261,35 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
         advantages = grpo.group_advantages(rewards, c.scale_rewards, std).flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
-        trained = [grpo.Row(r.first.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
-                   for (q, r), a in zip(chosen, advantages)]
+        trained = [
+            grpo.Row(r.first.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
+            for (q, r), a in zip(chosen, advantages)
+        ]
         middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
         figures = grpo.update(
-            accelerator, model, reference, optimizer, trained, tokens, student.sampling, c.epsilon,
-            c.beta, c.num_updates, c.max_grad_norm, c.rollouts_at_once,
-            ffr.stand_in(student, spare) if student.synced else None)
+            accelerator,
+            model,
+            reference,
+            optimizer,
+            trained,
+            tokens,
+            student.sampling,
+            c.epsilon,
+            c.beta,
+            c.num_updates,
+            c.max_grad_norm,
+            c.rollouts_at_once,
+            ffr.stand_in(student, spare) if student.synced else None,
+        )
         scheduler.step()
         repaired = sum(a for (_, r), a in zip(chosen, advantages) if r.failed)
-        figures |= {"seconds_round": middle - began, "seconds_update": time.time() - middle,
-                    "skipped": float(sum(not q.counts for q in questions)),
-                    **{f"teacher_{name}": count for name, count in spent.items()},
-                    "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1)}
+        figures |= {
+            "seconds_round": middle - began,
+            "seconds_update": time.time() - middle,
+            "skipped": float(sum(not q.counts for q in questions)),
+            **{f"teacher_{name}": count for name, count in spent.items()},
+            "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1),
+        }
         metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
         history.append(metrics)
         ffr.add_rows(accelerator, metrics_file, [metrics])
@@ -253,8 +322,10 @@ def save_checkpoint(accelerator, c: Config, step: int) -> None:
     try:
         accelerator.save_state(str(folder / "part"))
     except (OSError, RuntimeError, SafetensorError) as error:  # ends the run, on every rank
-        raise SystemExit(f"train.py: no room for a checkpoint of step {step}? ({error}) Mend that "
-                         f"and --resume from {max(folder.glob('[0-9]*'), default=None)}") from error
+        raise SystemExit(
+            f"train.py: no room for a checkpoint of step {step}? ({error}) Mend that "
+            f"and --resume from {max(folder.glob('[0-9]*'), default=None)}"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / "part").rename(folder / f"{step:06d}")
@@ -267,8 +338,10 @@ def open_run(c: Config, processes: int) -> None:
     without it, a run in OUT is refused (in tiny mode it is replaced)."""
     out = Path(c.out)
     file = out / ("evaluation.manifest.json" if c.eval_only else "manifest.json")
-    now = vars(c) | {"processes": processes, "versions": {
-        name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    now = vars(c) | {
+        "processes": processes,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
     now["sha256"] = {path: data.digest(path) for path in (c.data, c.eval_data, c.skip) if path}
     then = json.loads(file.read_text()) if file.is_file() and any(out.glob("*.jsonl")) else {}
     differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
@@ -317,9 +390,12 @@ def main() -> None:
         if not c.model:
             ours = [f"{name} {getattr(c, name)} ({getattr(Config, name)})" for name in TINY]
             accelerator.print("Tiny mode; in brackets, with --model:", *ours[2:], sep="\n  ")
-            c = replace(c, model=str(Path(__file__).parent / "assets" / "tiny"),
-                        data=f"{c.out}/train/records.jsonl",
-                        eval_data=f"{c.out}/held_out/records.jsonl")
+            c = replace(
+                c,
+                model=str(Path(__file__).parent / "assets" / "tiny"),
+                data=f"{c.out}/train/records.jsonl",
+                eval_data=f"{c.out}/held_out/records.jsonl",
+            )
             for name, (count, seed) in NEEDLES.items() if accelerator.is_main_process else ():
                 data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
         accelerator.wait_for_everyone()
@@ -329,8 +405,10 @@ def main() -> None:
             seen = data.look_at(list({sample.path: 0 for sample in samples + held_out}))
             broken = [fact for fact in seen.values() if isinstance(fact, data.DataError)]
             if broken:
-                raise data.DataError(f"{broken[0]} ({len(broken)} such; "
-                                     f"`python data.py {c.data}` lists them for --skip)")
+                raise data.DataError(
+                    f"{broken[0]} ({len(broken)} such; "
+                    f"`python data.py {c.data}` lists them for --skip)"
+                )
         student = load_student(c, accelerator)
         teach = load_teacher(c, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
@@ -345,16 +423,28 @@ def main() -> None:
         history = train(c, accelerator, student, samples, teach, spare)
         after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
         third = max(len(history) // 3, 1)  # of the steps
-        parts = {"unaided_before": before, "unaided_after": after, "assisted_after": after,
-                 "failure_first": history[:third], "failure_last": history[-third:],
-                 "intervention_first": history[:third], "intervention_last": history[-third:]}
-        figures = {name: sum(row[name.split("_")[0]] for row in rows) / len(rows) if rows else None
-                   for name, rows in parts.items()}
+        parts = {
+            "unaided_before": before,
+            "unaided_after": after,
+            "assisted_after": after,
+            "failure_first": history[:third],
+            "failure_last": history[-third:],
+            "intervention_first": history[:third],
+            "intervention_last": history[-third:],
+        }
+        figures = {
+            name: sum(row[name.split("_")[0]] for row in rows) / len(rows) if rows else None
+            for name, rows in parts.items()
+        }
         repairs = max(sum(row["intervention"] for row in history), 1e-9)
-        figures |= {"fix_rate": sum(r["fix"] * r["intervention"] for r in history) / repairs,
-                    "teacher_failures": sum(row["teacher_failures"] for row in history),
-                    "seconds": round(time.time() - began, 1), "seed": c.seed,
-                    "method": c.method, "processes": accelerator.num_processes}
+        figures |= {
+            "fix_rate": sum(r["fix"] * r["intervention"] for r in history) / repairs,
+            "teacher_failures": sum(row["teacher_failures"] for row in history),
+            "seconds": round(time.time() - began, 1),
+            "seed": c.seed,
+            "method": c.method,
+            "processes": accelerator.num_processes,
+        }
     if accelerator.is_main_process:
         file = Path(c.out, "evaluation.json" if c.eval_only else "summary.json")
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -47,8 +47,11 @@ def rates(records: list[dict]) -> dict:
 
     def count(half: str) -> dict:
         among = [record for record in records if record["half"] == half]
-        names = {"leak": ("caught", "leaks"), "clean": ("refused", "clean"),
-                 "implied": ("implied_caught", "implied")}
+        names = {
+            "leak": ("caught", "leaks"),
+            "clean": ("refused", "clean"),
+            "implied": ("implied_caught", "implied"),
+        }
         found = {}
         for label, (hit, all_) in names.items():
             mine = [refused(record) for record in among if record["label"] == label]
@@ -89,13 +92,17 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
 
     def encode(text: str) -> dict:
         chat = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        text = student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = student.processor.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
         inputs = dict(student.processor(text=[text], return_tensors="pt"))
         return grpo.with_positions(student.model, inputs)
 
     tokenizer, rng = student.processor.tokenizer, random.Random(SEED)
-    pairs = [(encode(text), torch.tensor(tokenizer(answer + tokenizer.eos_token)["input_ids"]))
-             for text, answer in trained]
+    pairs = [
+        (encode(text), torch.tensor(tokenizer(answer + tokenizer.eos_token)["input_ids"]))
+        for text, answer in trained
+    ]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         prompts, ids = zip(*rng.sample(pairs, 32))
@@ -111,8 +118,12 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
 
 def blind_probe() -> dict:
     shares, no_gate = {}, lambda patch, case: None
-    conditions = {"question_alone": None, "patch": (False, ffr.gate),
-                  "leaking_teacher": (True, no_gate), "leaking_teacher_gated": (True, ffr.gate)}
+    conditions = {
+        "question_alone": None,
+        "patch": (False, ffr.gate),
+        "leaking_teacher": (True, no_gate),
+        "leaking_teacher_gated": (True, ffr.gate),
+    }
     with tempfile.TemporaryDirectory() as folder:
         samples = data.load_samples(data.needle_videos(f"{folder}/n", TRAINED + TESTED, SEED + 70))
         tiny_policy(f"{folder}/model", needle_texts(samples), SEED)
@@ -133,8 +144,10 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     found = rates(load())
     for half, among in (("built on", found), ("held out", found["held_out"])):
-        print("  {0:9} caught {caught} of {leaks}, refused {refused} of {clean} clean, "
-              "caught {implied_caught} of {implied} implied".format(half, **among))
+        print(
+            "  {0:9} caught {caught} of {leaks}, refused {refused} of {clean} clean, "
+            "caught {implied_caught} of {implied} implied".format(half, **among)
+        )
     print("  answered right without the video:")
     found["blind_probe"] = blind_probe()
     out = HERE.parent / "assets" / "leaks.json"

@@ -89,8 +89,11 @@ def jobs(phase: str) -> list[tuple]:
         return [("grid", arm, seed, COLD, lr) for seed in GRID_SEEDS for lr in GRID for arm in LR]
     if phase == "dial":
         return [("dial", arm, DIAL_SEED, cold, LR[arm]) for cold in product(*DIAL) for arm in LR]
-    todo = [("arms", arm, seed, COLD, changes.get("learning_rate", LR.get(arm, LR["FFR"])))
-            for arm, (seeds, changes) in ARMS.items() for seed in seeds]
+    todo = [
+        ("arms", arm, seed, COLD, changes.get("learning_rate", LR.get(arm, LR["FFR"])))
+        for arm, (seeds, changes) in ARMS.items()
+        for seed in seeds
+    ]
     return sorted(todo, key=lambda job: (ARMS[job[1]][0] == MORE, job[2]))  # main arms first
 
 
@@ -122,8 +125,12 @@ def skills(sample: data.Sample, text: str) -> dict:
     if not cited or not answer or not {*cited.groups()} <= {*times}:
         return dict.fromkeys(("cue", "relation", "reading", "cites"), False)
     cue, look = map(times.index, cited.groups())
-    return {"cue": cue == truth["cue"], "relation": look - cue == truth["look"] - truth["cue"],
-            "reading": answer[1].split() == truth["moments"][look], "cites": look == truth["look"]}
+    return {
+        "cue": cue == truth["cue"],
+        "relation": look - cue == truth["look"] - truth["cue"],
+        "reading": answer[1].split() == truth["moments"][look],
+        "cites": look == truth["look"],
+    }
 
 
 def measure(student: ffr.Student, questions: list, teach) -> dict:
@@ -164,8 +171,12 @@ def change(arm: str, patch, case, rng: random.Random):
     for region in patch.regions:
         (x1, x2), (y1, y2) = (elsewhere(*region.box[k::2]) for k in (0, 1))
         regions.append(region._replace(frame=moved(*[region.frame] * 2)[0], box=(x1, y1, x2, y2)))
-    return replace(patch, key_frames=[moved(k, k)[0] for k in patch.key_frames], regions=regions,
-                   spans=[moved(*span) for span in patch.spans])
+    return replace(
+        patch,
+        key_frames=[moved(k, k)[0] for k in patch.key_frames],
+        regions=regions,
+        spans=[moved(*span) for span in patch.spans],
+    )
 
 
 def choose(arm: str, r: ffr.Rollout) -> ffr.Rollout:
@@ -183,10 +194,20 @@ def learn(job: tuple) -> dict:
     """One arm from the cold start to the end of its budget; what is recorded of it."""
     (_, arm, seed, cold, lr), began = job, time.time()
     folder, rng = cold_folder(cold), random.Random(seed)
-    given = train.TINY | {
-        "model": folder / "model", "data": folder / "train/records.jsonl", "seed": seed,
-        "out": work() / name_of(job).replace(" ", "-"), "learning_rate": lr,
-        "questions_per_device": QUESTIONS, "max_steps": 10**6, "save_steps": 10**6} | ARMS[arm][1]
+    given = (
+        train.TINY
+        | {
+            "model": folder / "model",
+            "data": folder / "train/records.jsonl",
+            "seed": seed,
+            "out": work() / name_of(job).replace(" ", "-"),
+            "learning_rate": lr,
+            "questions_per_device": QUESTIONS,
+            "max_steps": 10**6,
+            "save_steps": 10**6,
+        }
+        | ARMS[arm][1]
+    )
     config = train.parse([x for key, value in given.items() for x in (f"--{key}", str(value))])
     Path(config.out).mkdir(parents=True, exist_ok=True)
     Path(config.out, "metrics.jsonl").unlink(missing_ok=True)
@@ -243,7 +264,8 @@ def learn(job: tuple) -> dict:
             said = [needle_rationale(t, t["cue"], t["look"]) for t in truths]
             ids = [torch.tensor(tokenizer.encode(text + tokenizer.eos_token)) for text in said]
             logps, mask = grpo.token_logps(
-                student.model, [q.prompt for q in asked], ids, student.sampling)
+                student.model, [q.prompt for q in asked], ids, student.sampling
+            )
             (-(logps * mask).sum() / mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -255,15 +277,22 @@ def learn(job: tuple) -> dict:
 
     def by_tokens(optimizer, *_):
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(tokens / BUDGET, 1)))
+            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(tokens / BUDGET, 1))
+        )
 
     ffr.find_fix_reason, ffr.open_questions = one_round, open_questions
     train.transformers.get_cosine_schedule_with_warmup = by_tokens
     try:
         if arm == "imitation":
             imitate()
-        train.train(config, accelerator, student, samples,
-                    teach if config.method == "ffr" else None, questions[0])
+        train.train(
+            config,
+            accelerator,
+            student,
+            samples,
+            teach if config.method == "ffr" else None,
+            questions[0],
+        )
     except Spent:
         final = measure(student, questions, partial(teach, gate=ffr.gate))
     third = max(len(rates) // 3, 1)
@@ -271,9 +300,13 @@ def learn(job: tuple) -> dict:
     return final | {
         "intervention_first": round(statistics.mean(row[0] for row in rates[:third]), 4),
         "intervention_last": round(statistics.mean(row[0] for row in rates[-third:]), 4),
-        "fix": round(sum(row[1] for row in rates) / max(repairs, 1), 4), "tokens": tokens,
-        "prompt_tokens": prompt_tokens, "steps": len(rates), "curve": curve,
-        "seconds": round(time.time() - began)}
+        "fix": round(sum(row[1] for row in rates) / max(repairs, 1), 4),
+        "tokens": tokens,
+        "prompt_tokens": prompt_tokens,
+        "steps": len(rates),
+        "curve": curve,
+        "seconds": round(time.time() - began),
+    }
 
 
 # --- the report ---
@@ -286,10 +319,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(record: dict) -> None:
     """`arms` from the rows, the table and the figure."""
-    keys = ("unaided assisted faithful cue relation reading intervention_first intervention_last "
-            "fix tokens prompt_tokens steps seconds").split()
-    columns = ("arm | seeds | right unaided | of those cite the moment | right assisted | "
-               "interventions, first → last third | fix | steps | prompt tokens, M")
+    keys = (
+        "unaided assisted faithful cue relation reading intervention_first intervention_last "
+        "fix tokens prompt_tokens steps seconds"
+    ).split()
+    columns = (
+        "arm | seeds | right unaided | of those cite the moment | right assisted | "
+        "interventions, first → last third | fix | steps | prompt tokens, M"
+    )
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     record["arms"] = {}
     for arm in ARMS:
@@ -300,10 +337,13 @@ def report(record: dict) -> None:
         mean = {key: statistics.mean(values) for key, values in found.items()}
         mean["middle"], mean["half"] = interval(found["unaided"])
         mean["cites"] = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
-        lines.append(f"| {arm} | {len(rows)} | " + (
-            "{middle:.3f} ± {half:.3f} | {cites:.3f} | {assisted:.3f} | {intervention_first:.3f} → "
-            "{intervention_last:.3f} | {fix:.3f} | {steps:.0f} | {millions:.2f} |").format(
-                **mean, millions=mean["prompt_tokens"] / 1e6))
+        lines.append(
+            f"| {arm} | {len(rows)} | "
+            + (
+                "{middle:.3f} ± {half:.3f} | {cites:.3f} | {assisted:.3f} | {intervention_first:.3f} → "
+                "{intervention_last:.3f} | {fix:.3f} | {steps:.0f} | {millions:.2f} |"
+            ).format(**mean, millions=mean["prompt_tokens"] / 1e6)
+        )
     assets = ROOT / "assets" if BUDGET > 10**5 else work()
     (assets / "learning.json").write_text(json.dumps(record, indent=0) + "\n")
     (assets / "learning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -319,12 +359,24 @@ def draw(record: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, ((first, second, dial), skill) = pyplot.subplots(2, 3, figsize=(13, 8))
-    panels = dict(zip((first, second, *skill), (
-        ("unaided", "right"), ("faithful", "right, and the right moment is cited"),
-        ("cue", "cue: the flash is found"), ("relation", "relation: from there to the moment"),
-        ("reading", "reading: the colours at the moment cited"))))
-    looks = {"FFR": ("black", "-", "o"), "GRPO": ("0.3", "--", "s"),
-             "reward only": ("0.5", ":", "^"), "random patch": ("0.65", "-.", "v")}
+    panels = dict(
+        zip(
+            (first, second, *skill),
+            (
+                ("unaided", "right"),
+                ("faithful", "right, and the right moment is cited"),
+                ("cue", "cue: the flash is found"),
+                ("relation", "relation: from there to the moment"),
+                ("reading", "reading: the colours at the moment cited"),
+            ),
+        )
+    )
+    looks = {
+        "FFR": ("black", "-", "o"),
+        "GRPO": ("0.3", "--", "s"),
+        "reward only": ("0.5", ":", "^"),
+        "random patch": ("0.65", "-.", "v"),
+    }
     for arm in [arm for arm in looks if arm in record["arms"]]:
         rows = [record["rows"][n] for n in rows_of("arms", arm) if n in record["rows"]]
         points = list(zip(*(row["curve"] for row in rows)))  # at the same share of the budget
@@ -332,27 +384,55 @@ def draw(record: dict, file: Path) -> None:
         for axis, (key, title) in panels.items():
             x = [statistics.mean(p["tokens"] for p in point) / 1000 for point in points]
             y = [interval([p[key] for p in point]) for point in points]
-            axis.plot(x, [m for m, _ in y], line, color=colour, marker=mark, markersize=4,
-                      label=f"{arm}, {len(rows)} seeds")
-            axis.fill_between(x, [m - h for m, h in y], [m + h for m, h in y], color=colour,
-                              alpha=0.15, linewidth=0)
-            axis.set(title=title, ylim=(0, 1.02), xlabel="tokens sampled by the student, thousands",
-                     ylabel=f"share of {VIDEOS['held_out'][0]} held-out videos")
+            axis.plot(
+                x,
+                [m for m, _ in y],
+                line,
+                color=colour,
+                marker=mark,
+                markersize=4,
+                label=f"{arm}, {len(rows)} seeds",
+            )
+            axis.fill_between(
+                x,
+                [m - h for m, h in y],
+                [m + h for m, h in y],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+            axis.set(
+                title=title,
+                ylim=(0, 1.02),
+                xlabel="tokens sampled by the student, thousands",
+                ylabel=f"share of {VIDEOS['held_out'][0]} held-out videos",
+            )
     first.legend(frameon=False, handlelength=4, loc="upper left")
     (finds, reads), shown = DIAL, {}
     for place in product(range(len(finds)), range(len(reads))):
         cold = finds[place[0]], reads[place[1]]
-        pair = [record["rows"].get(name_of(("dial", arm, DIAL_SEED, cold, LR[arm])))
-                for arm in ("FFR", "GRPO")]
+        pair = [
+            record["rows"].get(name_of(("dial", arm, DIAL_SEED, cold, LR[arm])))
+            for arm in ("FFR", "GRPO")
+        ]
         shown[place] = None if None in pair else pair[0]["unaided"] - pair[1]["unaided"]
-    dial.imshow([[shown[i, j] or 0.0 for j in range(len(reads))] for i in range(len(finds))],
-                cmap="Greys", vmin=-1, vmax=1.5)
+    dial.imshow(
+        [[shown[i, j] or 0.0 for j in range(len(reads))] for i in range(len(finds))],
+        cmap="Greys",
+        vmin=-1,
+        vmax=1.5,
+    )
     for (i, j), gain in shown.items():
         dial.text(j, i, "not run" if gain is None else f"{gain:+.2f}", ha="center", va="center")
-    dial.set(title="FFR − GRPO, right unaided, one seed",
-             xticks=range(len(reads)), xticklabels=reads, yticks=range(len(finds)),
-             yticklabels=finds, xlabel="p_read: relation known beyond chance",
-             ylabel="p_find: cue known beyond chance")
+    dial.set(
+        title="FFR − GRPO, right unaided, one seed",
+        xticks=range(len(reads)),
+        xticklabels=reads,
+        yticks=range(len(finds)),
+        yticklabels=finds,
+        xlabel="p_read: relation known beyond chance",
+        ylabel="p_find: cue known beyond chance",
+    )
     figure.tight_layout()
     figure.savefig(file, dpi=100)
 
@@ -373,8 +453,13 @@ def main() -> None:
         VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (64, 3)}
     file = (ROOT / "assets" if not given.quick else work()) / "learning.json"
     record = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
-    settings = {"budget": BUDGET, "videos": VIDEOS, "cold": COLD, "questions": QUESTIONS,
-                "machine": "one thread a run, two runs at a time on two cores"}
+    settings = {
+        "budget": BUDGET,
+        "videos": VIDEOS,
+        "cold": COLD,
+        "questions": QUESTIONS,
+        "machine": "one thread a run, two runs at a time on two cores",
+    }
     settings = json.loads(json.dumps(settings))
     if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{file} holds rows of other settings: remove it to begin again")
@@ -390,8 +475,13 @@ def main() -> None:
         row = learn(every[given.job]) | {"commit": head.stdout.decode().strip()}
         (work() / "rows" / f"{given.job}.json").write_text(json.dumps(row))
         return
-    record["rows"] |= {n: json.loads(f.read_text()) for n in every if n not in record["rows"]
-                       for f in [work() / "rows" / f"{n}.json"] if f.is_file() and not given.arm}
+    record["rows"] |= {
+        n: json.loads(f.read_text())
+        for n in every
+        if n not in record["rows"]
+        for f in [work() / "rows" / f"{n}.json"]
+        if f.is_file() and not given.arm
+    }
     todo = [n for n, j in every.items() if n not in record["rows"] and given.phase in (None, j[0])]
     if given.arm:
         (todo,) = [[n] for n, j in every.items() if j[:3] == ("arms", given.arm, given.seed)]
@@ -405,8 +495,12 @@ def main() -> None:
         command = [sys.executable, __file__, "--job", name, *["--quick"] * given.quick]
         log = work() / "rows" / f"{name}.log"
         with open(log, "w") as opened:
-            done = subprocess.run(command, stdout=opened, stderr=opened, env=os.environ | {
-                "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+            done = subprocess.run(
+                command,
+                stdout=opened,
+                stderr=opened,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )
         if done.returncode:
             print(f"{name}: failed, see {log}")
             return
@@ -416,8 +510,11 @@ def main() -> None:
             before = record["rows"].get(name, {})
             differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]
             commits = f"({before.get('commit')}) from this one ({row['commit']})"
-            print(f"the recorded row {commits} differs in {differ}" if differ else
-                  "equal to the record")
+            print(
+                f"the recorded row {commits} differs in {differ}"
+                if differ
+                else "equal to the record"
+            )
         else:
             record["rows"][name] = row
 

@@ -40,15 +40,35 @@ def build(width, layers):
     """Qwen2.5-VL's build in small, with a 7B's proportions of width, heads and MLP."""
     torch.manual_seed(0)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=width, intermediate_size=round(5.3 * width),
-                         num_hidden_layers=layers, num_attention_heads=7, num_key_value_heads=1,
-                         vocab_size=VOCABULARY, pad_token_id=PAD, eos_token_id=0, bos_token_id=None,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                                          "mrope_section": [width // 56, width // 14 - 2 * (width // 56), width // 56]}),
-        vision_config=dict(depth=layers, hidden_size=64, intermediate_size=171, num_heads=4,
-                           out_hidden_size=width, fullatt_block_indexes=[layers - 1]),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
-        vision_end_token_id=STOP)
+        text_config=dict(
+            hidden_size=width,
+            intermediate_size=round(5.3 * width),
+            num_hidden_layers=layers,
+            num_attention_heads=7,
+            num_key_value_heads=1,
+            vocab_size=VOCABULARY,
+            pad_token_id=PAD,
+            eos_token_id=0,
+            bos_token_id=None,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [width // 56, width // 14 - 2 * (width // 56), width // 56],
+            },
+        ),
+        vision_config=dict(
+            depth=layers,
+            hidden_size=64,
+            intermediate_size=171,
+            num_heads=4,
+            out_hidden_size=width,
+            fullatt_block_indexes=[layers - 1],
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=STOP,
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -58,10 +78,12 @@ def prompt_of(frames, words):
     ids = [START] + [VIDEO] * 16 * steps + [STOP] + [9] * words
     kinds = [2 * (token == VIDEO) for token in ids]
     return {
-        "input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long(),
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids)).long(),
         "mm_token_type_ids": torch.tensor([kinds]).int(),
         "pixel_values_videos": torch.randn(64 * steps, 1176),
-        "video_grid_thw": torch.tensor([[steps, 8, 8]]), "second_per_grid_ts": torch.tensor([1.0]),
+        "video_grid_thw": torch.tensor([[steps, 8, 8]]),
+        "second_per_grid_ts": torch.tensor([1.0]),
     }
 
 
@@ -115,8 +137,16 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
     model = accelerator.prepare(model)
 
     def update():
-        grpo.update(accelerator, model, *(reference or [None]), optimizer,
-                    [grpo.Row(prompt, prompt, done, 1.0)] * G, G * completion, sampling, beta=beta)
+        grpo.update(
+            accelerator,
+            model,
+            *(reference or [None]),
+            optimizer,
+            [grpo.Row(prompt, prompt, done, 1.0)] * G,
+            G * completion,
+            sampling,
+            beta=beta,
+        )
 
     def generate():
         with accelerator.autocast():
@@ -126,12 +156,23 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
     update()  # Adam's states are there from the first step on
     P = sum(p.numel() for p in model.parameters())
     length = prompt["input_ids"].shape[1]
-    return {"P": P, "layers": layers, "width": width, "kv": width // 7, "depth": layers,
-            "vision": 64, "V": VOCABULARY, "G": G, "prompt": length, "completion": completion,
-            "patches": len(prompt["pixel_values_videos"]), "beta": beta,
-            "checkpointing": checkpointing,
-            "update": peak_of(update, optimizer, model, *reference),
-            "generation": peak_of(generate, optimizer, model, *reference)}
+    return {
+        "P": P,
+        "layers": layers,
+        "width": width,
+        "kv": width // 7,
+        "depth": layers,
+        "vision": 64,
+        "V": VOCABULARY,
+        "G": G,
+        "prompt": length,
+        "completion": completion,
+        "patches": len(prompt["pixel_values_videos"]),
+        "beta": beta,
+        "checkpointing": checkpointing,
+        "update": peak_of(update, optimizer, model, *reference),
+        "generation": peak_of(generate, optimizer, model, *reference),
+    }
 
 
 def terms(x):
@@ -143,11 +184,14 @@ def terms(x):
     inputs = [packed * x["layers"] * x["width"], x["patches"] * x["depth"] * x["vision"]]
     kept = 4 * sum(inputs) * x["checkpointing"]
     return {
-        "update": (known + 14 * x["P"] + kept, [
-            *inputs, once * x["completion"] * x["V"], packed**2]),
-        "generation": (known + 10 * x["P"] + 4 * cached * x["layers"] * x["kv"],
-                       [cached * x["width"], x["patches"] * x["vision"], x["G"] * x["V"],
-                        x["prompt"] ** 2]),
+        "update": (
+            known + 14 * x["P"] + kept,
+            [*inputs, once * x["completion"] * x["V"], packed**2],
+        ),
+        "generation": (
+            known + 10 * x["P"] + 4 * cached * x["layers"] * x["kv"],
+            [cached * x["width"], x["patches"] * x["vision"], x["G"] * x["V"], x["prompt"] ** 2],
+        ),
     }
 
 
@@ -178,8 +222,17 @@ def main():
             for key, values in SWEEPS.items():
                 for value in values:
                     points.append(measure(width, layers, checkpointing, **BASE | {key: value}))
-                    print(name, width, layers, key, value, points[-1]["update"] // 10**3,
-                          points[-1]["generation"] // 10**3, "kB", flush=True)
+                    print(
+                        name,
+                        width,
+                        layers,
+                        key,
+                        value,
+                        points[-1]["update"] // 10**3,
+                        points[-1]["generation"] // 10**3,
+                        "kB",
+                        flush=True,
+                    )
         fits = {kind: fit(points, kind) for kind in ("update", "generation")}
         result["points"][name], result["fits"][name] = points, fits
         for kind, (coefficients, error) in fits.items():
@@ -193,15 +246,22 @@ def main():
             for k in (0, 1):
                 moving[k] += 4 * factors[k] * x["checkpointing"]
             generation = [c * f for c, f in zip(fits["generation"][0], terms(x)["generation"][1])]
-            table[f"{name}, beta {beta}, {once} at once"] = {k: round(v / 1e9, 1) for k, v in {
-                "weights, gradients, Adam": 16 * x["P"], "reference": 4 * x["P"] * (beta > 0),
-                "bf16 copies": 2 * x["P"], "text activations": moving[0],
-                "vision activations": moving[1], "logits": moving[2], "mask": moving[3],
-                "generation": sum(generation),
-                "one GPU": 18 * x["P"] + 4 * x["P"] * (beta > 0) + sum(moving),
-                # parameters, gradients and Adam are split; π_ref is whole on each; no bf16 copies
-                "8 GPUs, FSDP2": 16 * x["P"] / 8 + 4 * x["P"] * (beta > 0) + sum(moving),
-            }.items()}
+            table[f"{name}, beta {beta}, {once} at once"] = {
+                k: round(v / 1e9, 1)
+                for k, v in {
+                    "weights, gradients, Adam": 16 * x["P"],
+                    "reference": 4 * x["P"] * (beta > 0),
+                    "bf16 copies": 2 * x["P"],
+                    "text activations": moving[0],
+                    "vision activations": moving[1],
+                    "logits": moving[2],
+                    "mask": moving[3],
+                    "generation": sum(generation),
+                    "one GPU": 18 * x["P"] + 4 * x["P"] * (beta > 0) + sum(moving),
+                    # parameters, gradients and Adam are split; π_ref is whole on each; no bf16 copies
+                    "8 GPUs, FSDP2": 16 * x["P"] / 8 + 4 * x["P"] * (beta > 0) + sum(moving),
+                }.items()
+            }
     result["GB"] = table
     Path("assets/memory.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(table, indent=1))

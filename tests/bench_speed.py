@@ -36,16 +36,27 @@ import teacher  # noqa: E402
 import train  # noqa: E402
 
 # width, layers: of the text model; vision, depth: of the tower; size: of a frame, in pixels
-HEADLINE = dict(width=256, layers=6, vision=128, depth=4, size=(320, 256), frames=16, G=8, tokens=64,
-                questions=1)
-TINY = dict(width=96, layers=2, vision=64, depth=1, size=(32, 32), frames=16, G=8, tokens=14,
-            questions=4)
+HEADLINE = dict(
+    width=256,
+    layers=6,
+    vision=128,
+    depth=4,
+    size=(320, 256),
+    frames=16,
+    G=8,
+    tokens=64,
+    questions=1,
+)
+TINY = dict(
+    width=96, layers=2, vision=64, depth=1, size=(32, 32), frames=16, G=8, tokens=14, questions=4
+)
 MOMENTS = itertools.cycle(range(7))
 GROWTH = dict(G=(2, 4, 8, 16), frames=(8, 16, 32, 64), tokens=(32, 128, 512))
 
 
 class Clip:
     """A video in memory: noise, with a time for each frame."""
+
     path, fps = "noise", 2.0
 
     def __init__(self, frames: int, size: tuple, seed: int):
@@ -66,21 +77,38 @@ class Clip:
 
 def policy(folder: str, shape: dict) -> None:
     """`tiny_policy` at this shape's size, for frames of this size."""
-    words = [needle_rationale({"moments": [["red", "blue"]] * 8}, 1, 2), *ffr.SUFFIXES.values(),
-             "Evidence temporal Moments Frame Crop Region Guidance look there what happens ?",
-             *(f"<{k / 2 + d:.1f} seconds>" for k in range(64) for d in (0, 0.2, 0.25))]
+    words = [
+        needle_rationale({"moments": [["red", "blue"]] * 8}, 1, 2),
+        *ffr.SUFFIXES.values(),
+        "Evidence temporal Moments Frame Crop Region Guidance look there what happens ?",
+        *(f"<{k / 2 + d:.1f} seconds>" for k in range(64) for d in (0, 0.2, 0.25)),
+    ]
     tiny_policy(folder, words, seed=0)
     config = transformers.AutoConfig.from_pretrained(folder)
     text, vision, width = config.text_config, config.vision_config, shape["width"]
     text.vocab_size = shape.get("vocab", text.vocab_size)  # ids beyond the words are no words
     if width != text.hidden_size:
-        text.update(dict(hidden_size=width, intermediate_size=4 * width, head_dim=32,
-                         num_attention_heads=width // 32, num_key_value_heads=width // 64,
-                         num_hidden_layers=shape["layers"]))
+        text.update(
+            dict(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                head_dim=32,
+                num_attention_heads=width // 32,
+                num_key_value_heads=width // 64,
+                num_hidden_layers=shape["layers"],
+            )
+        )
         text.rope_parameters["mrope_section"] = [6, 5, 5]
-        vision.update(dict(hidden_size=shape["vision"], intermediate_size=4 * shape["vision"],
-                           depth=shape["depth"], num_heads=4, out_hidden_size=width,
-                           deepstack_visual_indexes=[1, 2]))
+        vision.update(
+            dict(
+                hidden_size=shape["vision"],
+                intermediate_size=4 * shape["vision"],
+                depth=shape["depth"],
+                num_heads=4,
+                out_hidden_size=width,
+                deepstack_visual_indexes=[1, 2],
+            )
+        )
         text.layer_types = ["full_attention"] * shape["layers"]
     torch.manual_seed(0)
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
@@ -95,10 +123,28 @@ def setting(shape: dict, beta=0.0):
     """A student of this shape, its questions, and what an update needs."""
     folder = tempfile.mkdtemp()
     policy(folder, shape)
-    config = train.parse(["--model", folder, "--data", "none", "--prompt", "{question}",
-                          "--max_completion_length", str(shape["tokens"]), "--beta", str(beta),
-                          "--num_rollouts", str(shape["G"]), "--frame_pixels", "1000000",
-                          "--picture_pixels", "1000000", "--precision", "fp32"])
+    config = train.parse(
+        [
+            "--model",
+            folder,
+            "--data",
+            "none",
+            "--prompt",
+            "{question}",
+            "--max_completion_length",
+            str(shape["tokens"]),
+            "--beta",
+            str(beta),
+            "--num_rollouts",
+            str(shape["G"]),
+            "--frame_pixels",
+            "1000000",
+            "--picture_pixels",
+            "1000000",
+            "--precision",
+            "fp32",
+        ]
+    )
     accelerator = train.Accelerator(cpu=True)
     student = train.load_student(config, accelerator)
     never = student.sampling.suppressed_ids[:1]  # an end that is not sampled: lengths are as given
@@ -117,10 +163,14 @@ def brain(seconds: float, talks: list, _: float) -> list:
     """A teacher that takes its time and then points at a moment, each time at another, by a frame."""
     time.sleep(seconds)
     moments = [next(MOMENTS) for _ in talks]  # workers ask one at a time
-    patches = [{"content": "look there", "key_frames": [k], "temporal_markers": [[k, k + 1]]}
-               for k in moments]
-    return [(json.dumps({"error_classification": "temporal", "evidence_patch": patch}), 1)
-            for patch in patches]
+    patches = [
+        {"content": "look there", "key_frames": [k], "temporal_markers": [[k, k + 1]]}
+        for k in moments
+    ]
+    return [
+        (json.dumps({"error_classification": "temporal", "evidence_patch": patch}), 1)
+        for patch in patches
+    ]
 
 
 @contextlib.contextmanager
@@ -137,17 +187,37 @@ def half_right():
 def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     """One step of the training loop, without its books. `latency` None: no teacher (plain GRPO)."""
     c, began = student.config, time.perf_counter()
-    ask = None if latency is None else partial(
-        teacher.diagnose, chat=partial(brain, latency), gate=lambda *_: None, workers=8, num_frames=2)
+    ask = (
+        None
+        if latency is None
+        else partial(
+            teacher.diagnose,
+            chat=partial(brain, latency),
+            gate=lambda *_: None,
+            workers=8,
+            num_frames=2,
+        )
+    )
     with half_right():
         groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
     middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
     assert latency is None or sum(r.failed is not None for r in rollouts) == len(rollouts) // 2
     advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
-    rows = [grpo.Row(r.first.prompt, r.prompt, r.completion, a) for r, a in zip(rollouts, advantages)]
+    rows = [
+        grpo.Row(r.first.prompt, r.prompt, r.completion, a) for r, a in zip(rollouts, advantages)
+    ]
     total = sum(len(r.completion.ids) for r in rollouts)
-    grpo.update(accelerator, student.model, None, optimizer, rows, total, student.sampling,
-                beta=0.0, at_once=c.rollouts_at_once)
+    grpo.update(
+        accelerator,
+        student.model,
+        None,
+        optimizer,
+        rows,
+        total,
+        student.sampling,
+        beta=0.0,
+        at_once=c.rollouts_at_once,
+    )
     if clock is not None:
         clock["round"], clock["update"] = middle - began, time.perf_counter() - middle
     return rollouts
@@ -159,8 +229,13 @@ def released(student, questions, optimizer, latency=0.0):
     asked and each failed rollout answered again one by one, logits at every position."""
     model, G, never = student.model, student.config.num_rollouts, student.sampling
     config = transformers.GenerationConfig(
-        do_sample=True, top_p=never.top_p, max_new_tokens=never.max_tokens, eos_token_id=None,
-        pad_token_id=never.pad_id, suppress_tokens=list(never.suppressed_ids))
+        do_sample=True,
+        top_p=never.top_p,
+        max_new_tokens=never.max_tokens,
+        eos_token_id=None,
+        pad_token_id=never.pad_id,
+        suppress_tokens=list(never.suppressed_ids),
+    )
     model.eval()
     for question in questions:
         plain = {k: v for k, v in question.prompt.items() if k != "position_ids"}
@@ -169,8 +244,11 @@ def released(student, questions, optimizer, latency=0.0):
             for k in range(1, G, 2):
                 time.sleep(latency)
                 patch = teacher.EvidencePatch("temporal", "look there", [k], [(k, k + 1)])
-                again = {k: v for k, v in ffr.encode(student, question, patch).items()
-                         if k != "position_ids"}
+                again = {
+                    k: v
+                    for k, v in ffr.encode(student, question, patch).items()
+                    if k != "position_ids"
+                }
                 model.generate(**again, generation_config=config)
         tokens, length = out, plain["input_ids"].shape[1]
         batch = {key: value.repeat(G, *[1] * (value.dim() - 1)) for key, value in plain.items()}
@@ -229,9 +307,18 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
     accelerator, student, questions, optimizer = setting(shape)
     images = [question.video.images for question in questions]
     for k, question in enumerate(questions):
-        chat = [{"role": "user", "content": [*[{"type": "image"}] * len(images[k]),
-                                             {"type": "text", "text": "what happens ?"}]}]
-        text = student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        chat = [
+            {
+                "role": "user",
+                "content": [
+                    *[{"type": "image"}] * len(images[k]),
+                    {"type": "text", "text": "what happens ?"},
+                ],
+            }
+        ]
+        text = student.processor.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
         inputs = student.processor(text=[text], images=images[k], return_tensors="pt")
         question.prompt = grpo.with_positions(student.model, dict(inputs))
     marks = []
@@ -247,21 +334,43 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
 
     mine, turns = [], itertools.cycle((0.0, 1.0))
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        student.config.model, dtype=torch.float32)
-    rows = [{"prompt": [{"role": "user", "content": "what happens ?"}], "images": pictures}
-            for pictures in images] * 2 * (repeats + 1)
+        student.config.model, dtype=torch.float32
+    )
+    rows = (
+        [
+            {"prompt": [{"role": "user", "content": "what happens ?"}], "images": pictures}
+            for pictures in images
+        ]
+        * 2
+        * (repeats + 1)
+    )
     settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape["G"] * shape["questions"],
-        num_generations=shape["G"], max_completion_length=shape["tokens"], beta=0.0, use_cpu=True,
-        bf16=False, max_steps=repeats + 1, report_to=[], save_strategy="no", top_p=0.95,
-        gradient_checkpointing=False, disable_tqdm=True, logging_steps=10**6,
-        generation_kwargs={"min_new_tokens": shape["tokens"]})
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=shape["G"] * shape["questions"],
+        num_generations=shape["G"],
+        max_completion_length=shape["tokens"],
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        max_steps=repeats + 1,
+        report_to=[],
+        save_strategy="no",
+        top_p=0.95,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        logging_steps=10**6,
+        generation_kwargs={"min_new_tokens": shape["tokens"]},
+    )
 
     def trainer(callbacks):
         return GRPOTrainer(
-            model, lambda completions, **_: [next(turns) for _ in completions], args=settings,
-            train_dataset=Dataset.from_list(rows), processing_class=student.processor,
-            callbacks=callbacks)
+            model,
+            lambda completions, **_: [next(turns) for _ in completions],
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=student.processor,
+            callbacks=callbacks,
+        )
 
     trainer([Clock()]).train()
     times = {"trl": statistics.median(marks[1:]), "ours": statistics.median(mine[1:])}
@@ -271,9 +380,13 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
         other.train()
     with Peak(student.model) as own:
         ours(accelerator, student, questions, optimizer)
-    return times | {"ratio": times["trl"] / times["ours"], "repeats": repeats,
-                    "version": version("trl"),
-                    "trl_peak_MB": peak.bytes / 1e6, "ours_peak_MB": own.bytes / 1e6}
+    return times | {
+        "ratio": times["trl"] / times["ours"],
+        "repeats": repeats,
+        "version": version("trl"),
+        "trl_peak_MB": peak.bytes / 1e6,
+        "ours_peak_MB": own.bytes / 1e6,
+    }
 
 
 # --- measuring ---
@@ -292,14 +405,21 @@ def compare(shape: dict, repeats: int) -> dict:
     accelerator, student, questions, optimizer = setting(shape)
     run = partial(ours, accelerator, student, questions, optimizer)
     old = partial(released, student, questions, optimizer)
-    times = alternate(repeats, ours=partial(run, 0.0), released=old,
-                      limit=limit(student, optimizer, partial(run, 0.0)), ours_200ms=partial(run, 0.2),
-                      released_200ms=partial(old, 0.2))
+    times = alternate(
+        repeats,
+        ours=partial(run, 0.0),
+        released=old,
+        limit=limit(student, optimizer, partial(run, 0.0)),
+        ours_200ms=partial(run, 0.2),
+        released_200ms=partial(old, 0.2),
+    )
     return times | {
         "vs_released": times["released"] / times["ours"],
         "vs_released_200ms": times["released_200ms"] / times["ours_200ms"],
-        "vs_limit": times["ours"] / times["limit"], "repeats": repeats,
-        "prompt_tokens": questions[0].prompt["input_ids"].shape[1]}
+        "vs_limit": times["ours"] / times["limit"],
+        "repeats": repeats,
+        "prompt_tokens": questions[0].prompt["input_ids"].shape[1],
+    }
 
 
 def savings(shape: dict, repeats: int) -> dict:
@@ -334,12 +454,14 @@ def savings(shape: dict, repeats: int) -> dict:
             if isinstance(logits_to_keep, torch.Tensor):
                 out.logits = out.logits[logits_to_keep]
             return out
+
         student.model.forward = whole
         run()
         del student.model.forward
 
-    times = alternate(repeats, on=run, unshared=unshared, copied=copied, reread=reread,
-                      all_logits=all_logits)
+    times = alternate(
+        repeats, on=run, unshared=unshared, copied=copied, reread=reread, all_logits=all_logits
+    )
     return {name: seconds / times["on"] for name, seconds in times.items()}
 
 
@@ -390,7 +512,9 @@ def profile(shape: dict, repeats: int) -> dict[str, float]:
         ours(accelerator, student, questions, optimizer, 0.0)
     total = time.perf_counter() - began
     return {k: v / total for k, v in spent.items()} | {
-        "python": 1 - sum(spent.values()) / total, "seconds": total / repeats}
+        "python": 1 - sum(spent.values()) / total,
+        "seconds": total / repeats,
+    }
 
 
 def main() -> None:
@@ -405,8 +529,11 @@ def main() -> None:
         shapes = {"tiny mode": TINY}
         GROWTH.update(G=(2, 4), frames=(8,), tokens=(32,))
     names = ("torch", "transformers")
-    result = {"machine": "two threads of an AMD EPYC, fp32", "shapes": shapes,
-              "versions": {name: version(name) for name in names}}
+    result = {
+        "machine": "two threads of an AMD EPYC, fp32",
+        "shapes": shapes,
+        "versions": {name: version(name) for name in names},
+    }
     for name, shape in shapes.items():
         row = result[name] = compare(shape, repeats)
         row["trl"] = against_trl(shape, repeats)

@@ -18,10 +18,16 @@ from PIL import Image  # noqa: E402
 import teacher  # noqa: E402
 
 CASES, LATENCY = 64, 0.2
-PATCH = ('<answer>{"error_classification": "spatial", '
-         '"evidence_patch": {"content": "look there", "key_frames": [3]}}</answer>')
-PAYLOAD = json.dumps({"choices": [{"message": {"role": "assistant", "content": PATCH}}],
-                      "usage": {"total_tokens": 7}}).encode()
+PATCH = (
+    '<answer>{"error_classification": "spatial", '
+    '"evidence_patch": {"content": "look there", "key_frames": [3]}}</answer>'
+)
+PAYLOAD = json.dumps(
+    {
+        "choices": [{"message": {"role": "assistant", "content": PATCH}}],
+        "usage": {"total_tokens": 7},
+    }
+).encode()
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -66,5 +72,8 @@ if __name__ == "__main__":
         patches = teacher.diagnose(cases, chat, lambda patch, case: None, workers=workers)
         seconds[workers] = time.perf_counter() - began
         assert all(isinstance(patch, teacher.EvidencePatch) for patch in patches)
-        print(f"  {workers:2} workers {seconds[workers]:6.2f} s, "
-              f"{seconds[1] / seconds[workers]:5.2f} times as fast as one by one", flush=True)
+        print(
+            f"  {workers:2} workers {seconds[workers]:6.2f} s, "
+            f"{seconds[1] / seconds[workers]:5.2f} times as fast as one by one",
+            flush=True,
+        )

@@ -25,13 +25,16 @@ import train  # noqa: E402
 
 VIDEOS = {"cold": (384, 1)}  # how many, and their seed
 CAPTION = "describe every moment"
-SPECIALS = [f"<|{name}|>" for name in (
-    "im_end pad image_pad video_pad vision_start vision_end im_start").split()]
+SPECIALS = [
+    f"<|{name}|>"
+    for name in ("im_end pad image_pad video_pad vision_start vision_end im_start").split()
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% else %}"
     "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
@@ -41,23 +44,60 @@ def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(word), "removed", invert=True)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=SPECIALS)
-    look = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16, "merge_size": 2,
-            "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64}}
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=SPECIALS,
+    )
+    look = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "patch_size": 16,
+        "merge_size": 2,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 64},
+    }
     processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(**look), tokenizer,
-        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look), CHAT_TEMPLATE)
+        transformers.Qwen2VLImageProcessor(**look),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **look),
+        CHAT_TEMPLATE,
+    )
     end, pad, image, video, start, stop, _ = tokenizer.convert_tokens_to_ids(SPECIALS)
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]}
-    text = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=4, head_dim=24, rope_parameters=rope, vocab_size=len(tokenizer),
-                pad_token_id=pad, eos_token_id=end, bos_token_id=None, initializer_range=0.08)
-    vision = dict(hidden_size=64, intermediate_size=128, depth=1, num_heads=2, out_hidden_size=96,
-                  num_position_embeddings=64, deepstack_visual_indexes=[0], initializer_range=0.08)
+    text = dict(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=24,
+        rope_parameters=rope,
+        vocab_size=len(tokenizer),
+        pad_token_id=pad,
+        eos_token_id=end,
+        bos_token_id=None,
+        initializer_range=0.08,
+    )
+    vision = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        depth=1,
+        num_heads=2,
+        out_hidden_size=96,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0],
+        initializer_range=0.08,
+    )
     config = transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image,
-        video_token_id=video, vision_start_token_id=start, vision_end_token_id=stop)
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=stop,
+    )
     torch.manual_seed(seed)
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -77,11 +117,21 @@ def needle_caption(truth: dict, order: list[int]) -> str:
 
 def needle_texts(samples: list[data.Sample]) -> list[str]:
     """Every word that a student of needle videos must know: questions, rationales, patches."""
-    seconds = [f"<{f / data.NEEDLE_FPS:.1f} seconds>" for f in range(data.MOMENTS * data.FRAMES_PER_MOMENT)]
+    seconds = [
+        f"<{f / data.NEEDLE_FPS:.1f} seconds>" for f in range(data.MOMENTS * data.FRAMES_PER_MOMENT)
+    ]
     told = [e[k] for s in samples for e in s.truth["evidence"] for k in ("error_type", "guidance")]
-    return [CAPTION, *data.COLOURS, *data.RELATIONS.values(), *map(data.moment_time, range(data.MOMENTS)), *seconds,
-            *told, *(s.question for s in samples), "<think> look </think> <answer> </answer>",
-            "Evidence Moments to Region Guidance Frame Crop 0123456789 . , : ( )"]
+    return [
+        CAPTION,
+        *data.COLOURS,
+        *data.RELATIONS.values(),
+        *map(data.moment_time, range(data.MOMENTS)),
+        *seconds,
+        *told,
+        *(s.question for s in samples),
+        "<think> look </think> <answer> </answer>",
+        "Evidence Moments to Region Guidance Frame Crop 0123456789 . , : ( )",
+    ]
 
 
 def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=0) -> None:
@@ -97,12 +147,15 @@ def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=
     student = train.load_student(c, accelerator)
     teach = train.load_teacher(c, samples, None)
     rng, tokenizer = random.Random(seed), student.processor.tokenizer
+
     def caption(truth: dict, shown: list[int]) -> str:
         return needle_caption(truth, rng.sample(shown, len(shown)))
+
     def answer(truth: dict, cue_known: float, gap_known: float) -> str:
         cue = truth["cue"] if rng.random() < cue_known else rng.choice(range(1, data.MOMENTS - 1))
         gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice((-1, 0, 1))
         return needle_rationale(truth, cue, cue + gap)
+
     lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
     for i, sample in enumerate(tqdm(samples, desc="lessons")):
         x, told = ffr.open_question(student, sample), replace(sample, question=CAPTION)
@@ -116,8 +169,10 @@ def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=
         error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
         (patch,) = teach([ffr.case_of(x, needle_rationale(truth, *error))])
         known = 1.0 if error[0] == cue else read  # told to count, it does
-        lessons[0] += [(x.prompt, partial(answer, truth, find, read)),
-                       (ffr.encode(student, x, patch), partial(answer, truth, 1.0, known))]
+        lessons[0] += [
+            (x.prompt, partial(answer, truth, find, read)),
+            (ffr.encode(student, x, patch), partial(answer, truth, 1.0, known)),
+        ]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
     for step in (bar := tqdm(range(steps), desc="cold start")):
         part = step / steps

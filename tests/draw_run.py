@@ -8,9 +8,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-PANELS = {"rates": "unaided intervention fix", "rewards": "reward format align",
-          "tokens per rollout": "length", "policy": "entropy kl", "teacher": "teacher_failures",
-          "seconds a step": "seconds_round seconds_update"}
+PANELS = {
+    "rates": "unaided intervention fix",
+    "rewards": "reward format align",
+    "tokens per rollout": "length",
+    "policy": "entropy kl",
+    "teacher": "teacher_failures",
+    "seconds a step": "seconds_round seconds_update",
+}
 
 
 def draw_curves(out: Path) -> Path:
@@ -21,8 +26,10 @@ def draw_curves(out: Path) -> Path:
     for panel, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for k, name in enumerate(names.split()):
             steps, values = [row["step"] for row in rows], [row[name] for row in rows]
-            means = [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1)
-                     for i in range(len(values))]
+            means = [
+                sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1)
+                for i in range(len(values))
+            ]
             panel.plot(steps, values, f"C{k}", alpha=0.2)
             panel.plot(steps, means, f"C{k}", label=name)
         panel.set(title=title, xlabel="step")
@@ -34,8 +41,10 @@ def draw_curves(out: Path) -> Path:
 
 def draw_sheet(out: Path) -> Path | None:
     """The run's repair pictures, four in a row, in the order of their steps."""
-    cards = [ImageOps.contain(Image.open(file), (480, 720))
-             for file in sorted((out / "repairs").glob("*.png"))]
+    cards = [
+        ImageOps.contain(Image.open(file), (480, 720))
+        for file in sorted((out / "repairs").glob("*.png"))
+    ]
     if not cards:
         return None
     height = max(card.height for card in cards) + 16

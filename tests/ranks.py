@@ -34,7 +34,9 @@ def setup(folder):
 
 def injected(student, questions):
     """Fixed rollouts of unequal lengths and rewards; only the last question's are repaired."""
-    patched = ffr.encode(student, questions[-1], teacher.EvidencePatch("temporal", "", [3], [(3, 4)]))
+    patched = ffr.encode(
+        student, questions[-1], teacher.EvidencePatch("temporal", "", [3], [(3, 4)])
+    )
     noise = torch.Generator().manual_seed(1)
     rows = []
     for q, question in enumerate(questions):
@@ -42,8 +44,14 @@ def injected(student, questions):
             ids = torch.randint(5, 60, (1 + 3 * q + g,), generator=noise)
             prompt = patched if q == len(questions) - 1 and g else question.prompt
             zeros = torch.zeros(len(ids))
-            rows.append(grpo.Row(question.prompt, prompt, grpo.Completion(ids, zeros, zeros, True),
-                                 float(q * g - 1.5)))
+            rows.append(
+                grpo.Row(
+                    question.prompt,
+                    prompt,
+                    grpo.Completion(ids, zeros, zeros, True),
+                    float(q * g - 1.5),
+                )
+            )
     return rows
 
 
@@ -70,18 +78,29 @@ def gradient(folder, out, *names):
         share = len(rows) // accelerator.num_processes
         mine = rows[accelerator.process_index * share :][:share]
         parameters, model = [*student.model.parameters()], accelerator.prepare(student.model)
-        optimizer = {"keep": lambda: Keep(student.model),
-                     "sgd": lambda: torch.optim.SGD(parameters, 1e-3),
-                     "adam": lambda: torch.optim.AdamW(parameters, 1e-3)}[name]()
+        optimizer = {
+            "keep": lambda: Keep(student.model),
+            "sgd": lambda: torch.optim.SGD(parameters, 1e-3),
+            "adam": lambda: torch.optim.AdamW(parameters, 1e-3),
+        }[name]()
         figures = []
         for _ in range(1 if name == "keep" else 20):
             own = grpo.update(
-                accelerator, model, reference, optimizer, mine,
-                sum(len(row.completion.ids) for row in rows), student.sampling, max_grad_norm=1e9)
+                accelerator,
+                model,
+                reference,
+                optimizer,
+                mine,
+                sum(len(row.completion.ids) for row in rows),
+                student.sampling,
+                max_grad_norm=1e9,
+            )
             parts = train.gather_object([own])
             figures.append([sum(part[k] for part in parts) for k in ("loss", "kl")])
-        result[name] = {"figures": torch.tensor(figures), "weights": torch.cat(
-            [p.detach().flatten() for p in parameters])}
+        result[name] = {
+            "figures": torch.tensor(figures),
+            "weights": torch.cat([p.detach().flatten() for p in parameters]),
+        }
         result |= {"gradient": optimizer.gradient} if name == "keep" else {}
     if accelerator.is_main_process:
         torch.save(result | {"processes": accelerator.num_processes}, out)
@@ -97,12 +116,29 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     if rank == 0:
         questions[1] = replace(questions[0], counts=False)
     groups = ffr.find_fix_reason(
-        student, questions, 2, lambda cases: teacher.diagnose(cases, brain, ffr.gate), 0.3, 0.1, (0, 0))
+        student,
+        questions,
+        2,
+        lambda cases: teacher.diagnose(cases, brain, ffr.gate),
+        0.3,
+        0.1,
+        (0, 0),
+    )
     rollouts = [r for group in groups for r in group]
-    rows = [grpo.Row(q.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
-            for q, group in zip(questions, groups) for r, a in zip(group, (1.0, -1.0))]
+    rows = [
+        grpo.Row(q.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
+        for q, group in zip(questions, groups)
+        for r, a in zip(group, (1.0, -1.0))
+    ]
     figures = grpo.update(
-        accelerator, model, None, optimizer, rows, 50, student.sampling, beta=0.0,
+        accelerator,
+        model,
+        None,
+        optimizer,
+        rows,
+        50,
+        student.sampling,
+        beta=0.0,
         stand_in=ffr.stand_in(student, questions[0]),
     )
     return rollouts, figures
@@ -120,8 +156,13 @@ def calls(folder, out):
     student.model.register_forward_hook(lambda *_: counts.update(forward=1))
     model = accelerator.prepare(student.model)
     rollouts, _ = lopsided_step(accelerator, student, samples, model, keep)
-    report(accelerator, out, repaired=sum(r.failed is not None for r in rollouts),
-           calls=dict(counts), finite=bool(torch.isfinite(keep.gradient).all()))
+    report(
+        accelerator,
+        out,
+        repaired=sum(r.failed is not None for r in rollouts),
+        calls=dict(counts),
+        finite=bool(torch.isfinite(keep.gradient).all()),
+    )
 
 
 def report(accelerator, out, **facts):
@@ -142,8 +183,9 @@ def raises(folder, out):
         broken = name == "raising" and accelerator.process_index == 1
         brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)
-        history = train.train(config, accelerator, replace(student, config=config), samples * 2,
-                              teach, spare)
+        history = train.train(
+            config, accelerator, replace(student, config=config), samples * 2, teach, spare
+        )
         facts[name] = [row | {"processes": accelerator.num_processes} for row in history]
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps(facts))
@@ -159,9 +201,16 @@ def sharded(folder, out):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     rollouts, figures = lopsided_step(accelerator, student, samples, model, sgd)
     end = whole(model)
-    report(accelerator, out, dtensors=dtensors, repaired=sum(r.failed is not None for r in rollouts),
-           finite=bool(torch.isfinite(end).all()), moved=bool((end != start).any()),
-           sum=end.double().sum().item(), gap=figures["logp_gap"])
+    report(
+        accelerator,
+        out,
+        dtensors=dtensors,
+        repaired=sum(r.failed is not None for r in rollouts),
+        finite=bool(torch.isfinite(end).all()),
+        moved=bool((end != start).any()),
+        sum=end.double().sum().item(),
+        gap=figures["logp_gap"],
+    )
 
 
 def whole(model):
@@ -184,8 +233,14 @@ def run(folder, *arguments):
 
 
 if __name__ == "__main__":
-    modes = {"gradient": gradient, "calls": calls, "raises": raises, "sharded": sharded, "run": run,
-             "lively": lively}
+    modes = {
+        "gradient": gradient,
+        "calls": calls,
+        "raises": raises,
+        "sharded": sharded,
+        "run": run,
+        "lively": lively,
+    }
     modes[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():  # a rank that exits inside the group may abort
         torch.distributed.barrier()

@@ -65,8 +65,12 @@ def broken(tmp_path, monkeypatch):
 
 
 def check(file, *arguments):
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), str(file), *arguments],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), str(file), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -84,17 +88,35 @@ def test_check_lists_each_broken_video_with_its_cause(broken):
 
 
 def test_check_lists_each_broken_record(tmp_path, clip):
-    good = {"problem_id": 1, "path": clip.name, "data_type": "video", "problem": "what ?",
-            "problem_type": "exact", "options": [], "solution": "<answer>a</answer>"}
-    lines = [json.dumps(good), "{", json.dumps(good), json.dumps(good | {"solution": "a"}), "[]",
-             json.dumps(good | {"problem_id": 2, "problem": "what\u2028?"}, ensure_ascii=False),
-             json.dumps(good | {"problem_id": 3, "options": "A. x"}),
-             json.dumps(good | {"problem_id": 4, "problem": "what\u2028?"}, ensure_ascii=False)]
+    good = {
+        "problem_id": 1,
+        "path": clip.name,
+        "data_type": "video",
+        "problem": "what ?",
+        "problem_type": "exact",
+        "options": [],
+        "solution": "<answer>a</answer>",
+    }
+    lines = [
+        json.dumps(good),
+        "{",
+        json.dumps(good),
+        json.dumps(good | {"solution": "a"}),
+        "[]",
+        json.dumps(good | {"problem_id": 2, "problem": "what\u2028?"}, ensure_ascii=False),
+        json.dumps(good | {"problem_id": 3, "options": "A. x"}),
+        json.dumps(good | {"problem_id": 4, "problem": "what\u2028?"}, ensure_ascii=False),
+    ]
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     said = check(tmp_path / "bad.jsonl", "--video_root", str(clip.parent))
     listed = json.loads((tmp_path / "bad.jsonl.skip.json").read_text())["records"]
-    words = {"2": "not valid JSON", "3": "problem_id of record 1", "4": "no <answer>", "5": "no JSON",
-             "7": "'options' is no list"}
+    words = {
+        "2": "not valid JSON",
+        "3": "problem_id of record 1",
+        "4": "no <answer>",
+        "5": "no JSON",
+        "7": "'options' is no list",
+    }
     assert list(listed) == list(words) and all(words[k] in listed[k] for k in words)
     assert "asked again   1" in said  # records 6 and 8
 
@@ -124,7 +146,9 @@ def test_decoder_that_aborts_costs_its_record_and_not_the_run(
     path = tmp_path / "broken.avi"
     path.write_bytes(absurd(Path(samples[0].path).read_bytes()))
     config = make_config(max_steps=1, questions_per_device=6)
-    records = [data.Sample(**vars(s) | {"path": str(path)}) if s is samples[0] else s for s in samples]
+    records = [
+        data.Sample(**vars(s) | {"path": str(path)}) if s is samples[0] else s for s in samples
+    ]
     student = train.load_student(config, accelerator)
     spare = ffr.open_question(student, samples[1])
     (metrics,) = train.train(config, accelerator, student, records, teach, spare)
@@ -134,21 +158,43 @@ def test_decoder_that_aborts_costs_its_record_and_not_the_run(
 def test_training_begins_only_with_videos_that_open_and_finishes_with_the_list(
     broken, model_folder, tmp_path, monkeypatch, capsys
 ):
-    given = {**train.TINY, "model": model_folder, "data": str(broken), "out": str(tmp_path / "out"),
-             "questions_per_device": 19, "num_rollouts": 2, "max_steps": 0, "epochs": 1,
-             "max_completion_length": 2}
+    given = {
+        **train.TINY,
+        "model": model_folder,
+        "data": str(broken),
+        "out": str(tmp_path / "out"),
+        "questions_per_device": 19,
+        "num_rollouts": 2,
+        "max_steps": 0,
+        "epochs": 1,
+        "max_completion_length": 2,
+    }
     arguments = [x for key, value in given.items() for x in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit, match="no video at .*needle-5-00060"):
         train.main()
     (broken.parent / "needle-5-00060.avi").write_text("text")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--resume", "True"])
-    with pytest.raises(SystemExit, match=r"decord opens; .* \(\d such; .python data.py .* lists them"):
+    with pytest.raises(
+        SystemExit, match=r"decord opens; .* \(\d such; .python data.py .* lists them"
+    ):
         train.main()
     check(broken)
     later = Path(data.load_samples(str(broken), skip=f"{broken}.skip.json")[50].path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--resume", "True", "--skip",
-                                      f"{broken}.skip.json", "--out", str(tmp_path / "other")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *arguments,
+            "--resume",
+            "True",
+            "--skip",
+            f"{broken}.skip.json",
+            "--out",
+            str(tmp_path / "other"),
+        ],
+    )
     find, begun = train.ffr.open_questions, []
 
     def break_one(*args):  # after the check, before its turn comes

@@ -8,8 +8,15 @@ from PIL import Image
 
 import data
 
-GOOD = {"problem_id": 1, "problem": "What?", "problem_type": "numerical", "path": "v.avi",
-        "data_type": "video", "options": [], "solution": "<answer>3</answer>"}
+GOOD = {
+    "problem_id": 1,
+    "problem": "What?",
+    "problem_type": "numerical",
+    "path": "v.avi",
+    "data_type": "video",
+    "options": [],
+    "solution": "<answer>3</answer>",
+}
 
 
 def write(folder, records, name="r.jsonl"):
@@ -29,7 +36,10 @@ def test_records_load_from_json_and_jsonl(tmp_path, clip):
     [
         ({"solution": None}, "record 2: field 'solution' is missing"),
         ({"solution": "3"}, "record 2: solution has no <answer>"),
-        ({"problem_type": "riddle"}, "record 2: unknown problem_type 'riddle'; use one of: multiple"),
+        (
+            {"problem_type": "riddle"},
+            "record 2: unknown problem_type 'riddle'; use one of: multiple",
+        ),
         ({"path": "gone.avi"}, "record 2: no video at"),
         ({"problem_type": "multiple choice"}, "record 2: multiple choice without options"),
         ({"data_type": "image"}, "record 2: data_type is not 'video'"),
@@ -68,7 +78,8 @@ def test_written_avi_decodes_to_its_frames(clip):
         assert video.frame(k).size == (64, 32)
         assert abs(red - k * 20) < 12 and abs(blue - (255 - k * 20)) < 12
     assert [f.getpixel((9, 9)) for f in video.frames([7, 2])] == [
-        video.frame(7).getpixel((9, 9)), video.frame(2).getpixel((9, 9)),
+        video.frame(7).getpixel((9, 9)),
+        video.frame(2).getpixel((9, 9)),
     ]
     with pytest.raises(data.DataError, match="do not decode"):
         video.frames([99])
@@ -96,8 +107,10 @@ def test_needle_truth_is_what_the_video_shows(samples):
         x1, y1, x2, y2 = (v * data.NEEDLE_SIZE for v in spatial["region"])
         for (x, y), colour in ((((x1 + x2) / 2, (y1 + y2) / 2), core), ((x1 + 10, y1 + 10), ring)):
             shown = frame.getpixel((round(x), round(y)))
-            closest = min(data.COLOURS, key=lambda c: sum(
-                (a - b) ** 2 for a, b in zip(data.COLOURS[c], shown)))
+            closest = min(
+                data.COLOURS,
+                key=lambda c: sum((a - b) ** 2 for a, b in zip(data.COLOURS[c], shown)),
+            )
             assert closest == colour
 
 
@@ -108,4 +121,5 @@ def test_needle_videos_are_reproducible_and_seeded(tmp_path):
     )
     assert one == again != other
     assert (tmp_path / "0/needle-3-00000.avi").read_bytes() == (
-        tmp_path / "1/needle-3-00000.avi").read_bytes()
+        tmp_path / "1/needle-3-00000.avi"
+    ).read_bytes()

@@ -23,8 +23,13 @@ def family(request, folder, model_folder):
 @pytest.fixture
 def rows(family, make_config, accelerator, samples):
     """A student, and prompts with and without a patch, of different lengths, at top-p 1."""
-    config = make_config(model=family, top_p=1.0, max_completion_length=12,
-                         frame_pixels=56 * 56, picture_pixels=56 * 56)
+    config = make_config(
+        model=family,
+        top_p=1.0,
+        max_completion_length=12,
+        frame_pixels=56 * 56,
+        picture_pixels=56 * 56,
+    )
     student = train.load_student(config, accelerator)
     first, second = (ffr.open_question(student, sample) for sample in samples[:2])
     prompts = [first.prompt, ffr.encode(student, first, PATCH), second.prompt]
@@ -40,7 +45,8 @@ def sampled(student, prompts, seeds):
 def score(student, prompts, completions):
     with torch.no_grad():
         logps, _ = grpo.token_logps(
-            student.model, prompts, [c.ids for c in completions], student.sampling)
+            student.model, prompts, [c.ids for c in completions], student.sampling
+        )
     return [row[: len(c.ids)] for row, c in zip(logps, completions)]
 
 
@@ -70,8 +76,13 @@ def test_reading_on_from_the_question_is_as_reading_it_all(rows, monkeypatch):
     seen = grpo.prefill(student.model, [second, first, first], student.sampling)
     alone = grpo.prefill(student.model, more, student.sampling)
     forward, read = type(student.model).forward, []
-    monkeypatch.setattr(student.model, "forward", lambda **inputs: read.append(
-        inputs["input_ids"].shape[1]) or forward(student.model, **inputs))
+    monkeypatch.setattr(
+        student.model,
+        "forward",
+        lambda **inputs: (
+            read.append(inputs["input_ids"].shape[1]) or forward(student.model, **inputs)
+        ),
+    )
     again = grpo.prefill(student.model, more, student.sampling, seen, [first, first])
     assert torch.allclose(alone.logits, again.logits, atol=1e-4)
     assert read[0] == 2 * (patched["input_ids"].shape[1] - grpo.common(first, patched))
@@ -127,8 +138,9 @@ def test_pixels_of_video_and_patch_matter(rows):
 def test_a_step_trains(family, make_config, accelerator, samples, teach, tmp_path):
     from test_train import train_once
 
-    config = make_config(model=family, frame_pixels=56 * 56, picture_pixels=56 * 56, max_steps=1,
-                         learning_rate=1e-3)
+    config = make_config(
+        model=family, frame_pixels=56 * 56, picture_pixels=56 * 56, max_steps=1, learning_rate=1e-3
+    )
     _, (metrics,) = train_once(config, accelerator, samples, teach)
     assert metrics["logp_gap"] < 1e-4 and metrics["intervention"] == metrics["failure"] > 0
 
@@ -146,8 +158,12 @@ def published_positions(kinds, grids, seconds_per_grid, merge, tokens_per_second
             continue
         pace = tokens_per_second * seconds_per_grid if kinds[k] == 2 else 1
         frames, height, width = next(videos if kinds[k] == 2 else pictures)
-        block = [(start + int(t * pace), start + y, start + x) for t in range(frames)
-                 for y in range(height // merge) for x in range(width // merge)]
+        block = [
+            (start + int(t * pace), start + y, start + x)
+            for t in range(frames)
+            for y in range(height // merge)
+            for x in range(width // merge)
+        ]
         positions += block
         k += len(block)
     return torch.tensor(positions).T
@@ -157,20 +173,31 @@ def test_qwen2_5_vl_is_given_the_positions_its_weights_were_trained_with(
     folder, make_config, accelerator, samples
 ):
     families.build("qwen2_5_vl", str(folder / "positions"))
-    config = make_config(model=str(folder / "positions"), frame_pixels=56 * 56, picture_pixels=56 * 56)
+    config = make_config(
+        model=str(folder / "positions"), frame_pixels=56 * 56, picture_pixels=56 * 56
+    )
     student = train.load_student(config, accelerator)
     question = ffr.open_question(student, samples[0])
     prompts = [question.prompt, ffr.encode(student, question, PATCH)]
     vision, own = student.model.config.vision_config, student.model.model
     for prompt in prompts:
-        grids = {kind: prompt.get(f"{kind}_grid_thw", torch.empty(0, 3)).long().tolist()
-                 for kind in ("video", "image")}
+        grids = {
+            kind: prompt.get(f"{kind}_grid_thw", torch.empty(0, 3)).long().tolist()
+            for kind in ("video", "image")
+        }
         want = published_positions(
-            prompt["mm_token_type_ids"][0].tolist(), grids, float(prompt["second_per_grid_ts"][0]),
-            vision.spatial_merge_size, vision.tokens_per_second)
+            prompt["mm_token_type_ids"][0].tolist(),
+            grids,
+            float(prompt["second_per_grid_ts"][0]),
+            vision.spatial_merge_size,
+            vision.tokens_per_second,
+        )
         assert torch.equal(prompt["position_ids"][:, 0], want)
-    untouched = type(own).get_rope_index(own, prompts[0]["input_ids"], **{
-        k: prompts[0][k] for k in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")})[0]
+    untouched = type(own).get_rope_index(
+        own,
+        prompts[0]["input_ids"],
+        **{k: prompts[0][k] for k in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")},
+    )[0]
     last = untouched[0, 0, -1] - prompts[0]["position_ids"][0, 0, -1]
     assert last <= 0  # 0 where the installed transformers has them right
 
@@ -179,8 +206,11 @@ def test_checkpointing_and_a_frozen_tower_change_no_gradient_that_is_left(
     family, make_config, accelerator, samples
 ):
     gradients = {}
-    for name, changes in [("plain", {}), ("checkpointed", {"gradient_checkpointing": True}),
-                          ("frozen", {"freeze_vision": True})]:
+    for name, changes in [
+        ("plain", {}),
+        ("checkpointed", {"gradient_checkpointing": True}),
+        ("frozen", {"freeze_vision": True}),
+    ]:
         config = make_config(model=family, frame_pixels=56 * 56, picture_pixels=56 * 56, **changes)
         student = train.load_student(config, accelerator)
         prompt = ffr.open_question(student, samples[0]).prompt
@@ -188,7 +218,8 @@ def test_checkpointing_and_a_frozen_tower_change_no_gradient_that_is_left(
         layer = student.model.get_decoder().layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
         logps, _ = grpo.token_logps(
-            student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling)
+            student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling
+        )
         logps.sum().backward()
         assert len(recomputed) == 1 + (name == "checkpointed")
         gradients[name] = {k: p.grad for k, p in student.model.named_parameters()}

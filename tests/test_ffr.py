@@ -38,7 +38,10 @@ def test_question_text_is_the_same_with_and_without_a_patch(student, questions, 
     helped = ffr.render_question(student, question.sample, parts)
     turn = plain[: plain.index("<|im_end|>")]
     assert question.sample.question in turn and helped.startswith(turn) and len(helped) > len(plain)
-    ids, patched = question.prompt["input_ids"][0], ffr.encode(student, question, patch)["input_ids"][0]
+    ids, patched = (
+        question.prompt["input_ids"][0],
+        ffr.encode(student, question, patch)["input_ids"][0],
+    )
     end = ids.tolist().index(student.processor.tokenizer.eos_token_id)
     assert ids[:end].tolist() == patched[:end].tolist()
 
@@ -47,8 +50,11 @@ def test_tiny_student_knows_every_word_of_its_prompts(student, questions, teach)
     unknown = student.processor.tokenizer.unk_token_id
     for question in questions:
         truth = question.sample.truth
-        for cited in ((truth["cue"] - 1, 0), (truth["cue"], 7 - truth["look"]),
-                      (truth["cue"], truth["look"])):
+        for cited in (
+            (truth["cue"] - 1, 0),
+            (truth["cue"], 7 - truth["look"]),
+            (truth["cue"], truth["look"]),
+        ):
             response = needle_rationale(truth, *cited)
             (patch,) = teach([ffr.case_of(question, response)])
             assert unknown not in ffr.encode(student, question, patch)["input_ids"]
@@ -64,7 +70,9 @@ def test_patch_never_contains_the_answer(questions, teach):
 
 
 def test_prompt_template_takes_any_characters(student, samples):
-    odd = replace(samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"])
+    odd = replace(
+        samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"]
+    )
     own = with_config(student, prompt="Q: {question} | {options} | {suffix} {else}")
     text = ffr.render_question(own, odd).partition("<|vision_end|>")[2].partition("<|im_end|>")[0]
     assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
@@ -72,7 +80,9 @@ def test_prompt_template_takes_any_characters(student, samples):
 
 def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
     """FFR Table 2, "no visual context": the same patch, its region given by its corners."""
-    patch = EvidencePatch("spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.2, 0.5, 0.6), "sign")])
+    patch = EvidencePatch(
+        "spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.2, 0.5, 0.6), "sign")]
+    )
     blind = with_config(student, patch_pictures=False)
     seen, unseen = (ffr.encode(s, questions[0], patch) for s in (student, blind))
     assert "pixel_values" in seen and "pixel_values" not in unseen
@@ -83,8 +93,11 @@ def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
 def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
     video = questions[0].video
     patch = EvidencePatch("spatial", "", [4], [(4, 5)], [Region(4, (0.25, 0.25, 0.75, 0.5), "it")])
-    text, frame, crop = (p for p in ffr.render_patch(patch, video, 0.5) if p["type"] != "text" or
-                         p["text"].startswith("\n\nEvidence"))
+    text, frame, crop = (
+        p
+        for p in ffr.render_patch(patch, video, 0.5)
+        if p["type"] != "text" or p["text"].startswith("\n\nEvidence")
+    )
     assert "Moments: <2.2 seconds>" in text["text"] and "Region <2.0 seconds>: it" in text["text"]
     assert frame["image"].size == (128, 128) and crop["image"].size == (64, 32)
     assert frame["image"].getpixel((32, 40)) == (255, 0, 0)  # on the region's edge
@@ -156,13 +169,16 @@ def faults(teach):
     def diagnose(chat, **settings):
         return lambda cases: teacher.diagnose(cases, chat, ffr.gate, **settings)
 
-    leaking = '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'
+    leaking = (
+        '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'
+    )
     return {
         "declined": lambda cases: [TeacherError("declined")] * len(cases),
         "raised": diagnose(raises),
         "timeout": diagnose(hangs, timeout=0.2),
         "leak": lambda cases: diagnose(
-            lambda talks, _: [(leaking % cases[0].answer, 0)] * len(talks))(cases),
+            lambda talks, _: [(leaking % cases[0].answer, 0)] * len(talks)
+        )(cases),
         "malformed": diagnose(lambda talks, _: [("no idea", 0)] * len(talks)),
     }
 
@@ -200,7 +216,9 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
 
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
     longest = questions[0].prompt["input_ids"].shape[1]
-    (rollout,) = run(with_config(student, max_prompt_length=longest), questions[:1], teach, rollouts=1)[0]
+    (rollout,) = run(
+        with_config(student, max_prompt_length=longest), questions[:1], teach, rollouts=1
+    )[0]
     assert rollout.failed is None and rollout.error.cause == "prompt"
 
 
@@ -214,8 +232,15 @@ def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     text = ffr.draw_repair(questions[0], rollout, 0.3, 0.1, tmp_path / "repairs" / "a.png")
     picture = Image.open(tmp_path / "repairs" / "a.png")
     assert (tmp_path / "repairs" / "a.txt").read_text(encoding="utf-8").strip() == text
-    order = ["Question (exact)", "The student sees", "First answer, wrong", "Find: the teacher",
-             "Fix: the evidence", "Reason: second answer", "Reward"]
+    order = [
+        "Question (exact)",
+        "The student sees",
+        "First answer, wrong",
+        "Find: the teacher",
+        "Fix: the evidence",
+        "Reason: second answer",
+        "Reward",
+    ]
     places = [text.index(heading) for heading in order]
     assert places == sorted(places)
     assert f"= {rollout.reward:.2f}" in text and questions[0].sample.answer in text

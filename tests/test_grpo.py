@@ -64,7 +64,9 @@ def test_empty_batch_has_a_finite_loss():
 
 
 def sampled(student, prompts, seeds, sampling):
-    return grpo.generate(student.model, grpo.prefill(student.model, prompts, sampling), seeds, sampling)
+    return grpo.generate(
+        student.model, grpo.prefill(student.model, prompts, sampling), seeds, sampling
+    )
 
 
 def mixed_prompts(student, questions):
@@ -77,8 +79,14 @@ def mixed_prompts(student, questions):
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_sampled_logps_equal_scored_logps(student, questions, top_p):
     prompts = mixed_prompts(student, questions)
-    sampling = grpo.Sampling(0.7, top_p, 12, student.sampling.eos_ids, student.sampling.pad_id,
-                             student.sampling.suppressed_ids)
+    sampling = grpo.Sampling(
+        0.7,
+        top_p,
+        12,
+        student.sampling.eos_ids,
+        student.sampling.pad_id,
+        student.sampling.suppressed_ids,
+    )
     done = sampled(student, prompts, [1, 2, 3, 4], sampling)
     batched, mask = grpo.token_logps(student.model, prompts, [c.ids for c in done], sampling)
     assert len({p["input_ids"].shape[1] for p in prompts}) > 1  # so there is left padding
@@ -102,8 +110,14 @@ def test_a_rollout_does_not_depend_on_its_batch(student, questions):
 
 def test_sampling_follows_the_policy(student, questions):
     """4,000 first tokens against their probabilities; a right sampler fails one run in 10^6."""
-    sampling = grpo.Sampling(1.0, 1.0, 1, student.sampling.eos_ids, student.sampling.pad_id,
-                             student.sampling.suppressed_ids)
+    sampling = grpo.Sampling(
+        1.0,
+        1.0,
+        1,
+        student.sampling.eos_ids,
+        student.sampling.pad_id,
+        student.sampling.suppressed_ids,
+    )
     done = sampled(student, [questions[0].prompt] * 4000, list(range(4000)), sampling)
     counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
     likely = counts.argmax()
@@ -164,8 +178,17 @@ def test_logps_change_when_the_pixels_change(student, questions):
     assert (seen - unseen).abs().max() > 1e-3
 
 
-def gradients(student, accelerator, prompts, completions, advantages, weights, reference=None,
-              beta=0.0, **kwargs):
+def gradients(
+    student,
+    accelerator,
+    prompts,
+    completions,
+    advantages,
+    weights,
+    reference=None,
+    beta=0.0,
+    **kwargs,
+):
     """The gradient that `update` steps along, as one vector."""
 
     class Keep:
@@ -178,9 +201,16 @@ def gradients(student, accelerator, prompts, completions, advantages, weights, r
     keep = Keep()
     tokens = sum(len(c.ids) * w for c, w in zip(completions, weights))
     figures = grpo.update(
-        accelerator, student.model, reference, keep,
-        [*map(grpo.Row, prompts, prompts, completions, advantages, weights)], tokens,
-        student.sampling, beta=beta, max_grad_norm=1e9, **kwargs,
+        accelerator,
+        student.model,
+        reference,
+        keep,
+        [*map(grpo.Row, prompts, prompts, completions, advantages, weights)],
+        tokens,
+        student.sampling,
+        beta=beta,
+        max_grad_norm=1e9,
+        **kwargs,
     )
     return torch.cat(keep.grads), figures
 
@@ -254,7 +284,13 @@ def test_second_update_is_clipped_against_the_first_policy(student, questions, a
     reference.load_state_dict(student.model.state_dict())
     rows = [*map(grpo.Row, prompts, prompts, done, [1.0, -1.0, 2.0])]
     figures = grpo.update(
-        accelerator, student.model, reference.eval(), optimizer, rows,
-        sum(len(c.ids) for c in done), student.sampling, num_updates=2,
+        accelerator,
+        student.model,
+        reference.eval(),
+        optimizer,
+        rows,
+        sum(len(c.ids) for c in done),
+        student.sampling,
+        num_updates=2,
     )
     assert figures["clipped"] > 0 and figures["kl"] > 0

@@ -91,8 +91,11 @@ def test_patch_has_no_region_where_a_place_and_no_time_where_a_time_is_asked():
 
 def test_rates_on_the_leak_set_are_those_in_assets():
     found = rates(load())
-    assert found == {k: v for k, v in json.loads((ROOT / "assets/leaks.json").read_text()).items()
-                     if k != "blind_probe"}
+    assert found == {
+        k: v
+        for k, v in json.loads((ROOT / "assets/leaks.json").read_text()).items()
+        if k != "blind_probe"
+    }
     for half in (found, found["held_out"]):
         assert half["leaks"] + half["clean"] >= 80
         assert half["caught"] >= 0.95 * half["leaks"] and half["refused"] <= 0.05 * half["clean"]

@@ -32,12 +32,22 @@ def test_reward_only_trains_the_failed_tokens_with_the_repaired_reward():
     assert bench.choose("FFR", r) is r
 
 
-@pytest.mark.parametrize("score, reward, tokens, expected", [
-    (RIGHT, 1.7, "repaired tokens", 1.7),  # R + R_fmt - kappa is above the failed answer's 0 + 1
-    (WRONG, 0.7, "failed tokens", 1.0),
-    (RIGHT, 1.0, "failed tokens", 1.0),  # kappa 1: equal, so the unaided one
-])
-def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(score, reward, tokens, expected):
+@pytest.mark.parametrize(
+    "score, reward, tokens, expected",
+    [
+        (
+            RIGHT,
+            1.7,
+            "repaired tokens",
+            1.7,
+        ),  # R + R_fmt - kappa is above the failed answer's 0 + 1
+        (WRONG, 0.7, "failed tokens", 1.0),
+        (RIGHT, 1.0, "failed tokens", 1.0),  # kappa 1: equal, so the unaided one
+    ],
+)
+def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(
+    score, reward, tokens, expected
+):
     trained = bench.choose("best of", repaired(score, reward))
     assert (trained.completion, trained.reward) == (tokens, expected)
 
@@ -52,7 +62,9 @@ def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, te
         (a, b), (moved,) = other.spans[0], other.regions
         assert b - a == 1 and a % 2 == 0 and a != 4 and other.key_frames == [a, b]
         x1, y1, x2, y2 = moved.box
-        assert (x2 - x1, y2 - y1) == pytest.approx((0.3, 0.4)) and 0 <= min(x1, y1) < max(x2, y2) <= 1
+        assert (x2 - x1, y2 - y1) == pytest.approx((0.3, 0.4)) and 0 <= min(x1, y1) < max(
+            x2, y2
+        ) <= 1
         assert moved.frame == a and (other.guidance, moved.what) == ("look", "a square")
     assert bench.change("FFR", patch, case, rng) is patch
     assert bench.change("leaking teacher", patch, case, rng) == replace(patch, guidance="red blue")
@@ -108,13 +120,22 @@ def test_what_the_readme_says_of_the_arms_is_in_the_record():
     first, last = (mean(arms["FFR"][f"intervention_{k}"]) for k in ("first", "last"))
     assert round(1 - last / first, 2) == 0.43
     cells = {name[:-1]: row["unaided"] for name, row in record["rows"].items() if "dial" in name}
-    gains = [value - cells[name.replace("dial FFR", "dial GRPO").replace("0.0003", "8e-05")]
-             for name, value in cells.items() if "FFR" in name]
+    gains = [
+        value - cells[name.replace("dial FFR", "dial GRPO").replace("0.0003", "8e-05")]
+        for name, value in cells.items()
+        if "FFR" in name
+    ]
     assert len(gains) == 9 and [round(f(gains), 2) for f in (min, max)] == [-0.05, 0.03]
-    for arm, rates in {"GRPO": (0.33, 0.61, 0.54, 0.49, 0.07), "FFR": (0.13, 0.32, 0.42, 0.72, 0.50)}.items():
+    for arm, rates in {
+        "GRPO": (0.33, 0.61, 0.54, 0.49, 0.07),
+        "FFR": (0.13, 0.32, 0.42, 0.72, 0.50),
+    }.items():
         for lr, share in zip(bench.GRID, rates):
-            tried = [record["rows"][bench.name_of(job)]["unaided"] for job in bench.jobs("grid")
-                     if job[1] == arm and job[4] == lr]
+            tried = [
+                record["rows"][bench.name_of(job)]["unaided"]
+                for job in bench.jobs("grid")
+                if job[1] == arm and job[4] == lr
+            ]
             assert mean(tried) == pytest.approx(share, abs=0.0051)
 
 

@@ -35,7 +35,9 @@ def test_leak_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "leaks.json").read_text())
     words = " ".join(README.split())
     for key, among in (("caught", "leaks"), ("refused", "clean"), ("implied_caught", "implied")):
-        built, held = ("{} of {}".format(half[key], half[among]) for half in (found, found["held_out"]))
+        built, held = (
+            "{} of {}".format(half[key], half[among]) for half in (found, found["held_out"])
+        )
         assert re.search(rf"{built} [a-z ]+\({held}( held out)?\)", words), key
     probe = found["blind_probe"]
     for share in ("question_alone", "patch", "leaking_teacher", "leaking_teacher_gated", "chance"):
@@ -44,9 +46,15 @@ def test_leak_table_is_the_measured_one():
 
 def test_memory_table_is_the_computed_one():
     found = json.loads((ROOT / "assets" / "memory.json").read_text())
-    columns = [found["GB"][k] for k in (
-        "plain, beta 0.04, 8 at once", "checkpointed, beta 0.04, 8 at once",
-        "checkpointed, beta 0.04, 1 at once", "checkpointed, beta 0.0, 8 at once")]
+    columns = [
+        found["GB"][k]
+        for k in (
+            "plain, beta 0.04, 8 at once",
+            "checkpointed, beta 0.04, 8 at once",
+            "checkpointed, beta 0.04, 1 at once",
+            "checkpointed, beta 0.0, 8 at once",
+        )
+    ]
     for name in ("weights, gradients, Adam", "reference", "one GPU", "8 GPUs, FSDP2"):
         assert f"| {name} | " + " | ".join(f"{c[name]:.1f}" for c in columns) + " |" in README
     worst = max(fit[1] for fits in found["fits"].values() for fit in fits.values())
@@ -58,8 +66,12 @@ def test_memory_table_is_the_computed_one():
 def test_speed_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "speed.json").read_text())
     columns = [found["headline"], found["tiny mode"]]
-    for start, key in (("TRL's", "vs_trl"), ("the released", "vs_released"), ("ours over", "vs_limit"),
-                       ("the same, a teacher", "vs_released_200ms")):
+    for start, key in (
+        ("TRL's", "vs_trl"),
+        ("the released", "vs_released"),
+        ("ours over", "vs_limit"),
+        ("the same, a teacher", "vs_released_200ms"),
+    ):
         (row,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
         shown = re.findall(r"\| (\d+\.\d\d)", row)
         assert shown == [f"{column[key]:.2f}" for column in columns]
@@ -74,8 +86,12 @@ def test_speed_table_is_the_measured_one():
     for key, last in (("G", 16), ("frames", 64), ("tokens", 512)):
         rows = [row for row in found["growth"] if key in row]
         a, b = rows[0], rows[-1]
-        assert b[key] == last and f"{a['seconds']:.1f} → {b['seconds']:.1f} s and " \
-            f"{a['peak_MB']:.0f} → {b['peak_MB']:.0f} MB" in words
+        assert (
+            b[key] == last
+            and f"{a['seconds']:.1f} → {b['seconds']:.1f} s and "
+            f"{a['peak_MB']:.0f} → {b['peak_MB']:.0f} MB"
+            in words
+        )
 
 
 def test_measured_run_shows_what_is_claimed():
@@ -93,12 +109,16 @@ def test_named_files_are_there(name):
 
 def test_ci_runs_the_readme_s_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^python3 -m venv .*&& (pip install .*) && (pytest)$", README, re.MULTILINE)
+    (command,) = re.findall(
+        r"^python3 -m venv .*&& (pip install .*) && (pytest)$", README, re.MULTILINE
+    )
     assert command[0] in script.replace(" -q", "") and re.search(r"^pytest$", script, re.MULTILINE)
 
 
 def snippet(word: str) -> str:
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code]
+    (code,) = [
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code
+    ]
     return code
 
 
@@ -106,8 +126,14 @@ def test_reward_for_trl_is_the_robust_improvement_reward():
     exec(snippet("def rir"), names := {})
     right = "<think> at <3.0 seconds> it barks </think><answer>A</answer>"
     wrong = right.replace("A<", "B<")
-    rewards = names["rir"]([right, wrong, right, wrong], [None, None, wrong, wrong], ["A"] * 4,
-                           ["multiple choice"] * 4, [[], [], [(3.0, 3.0)], [(3.0, 3.0)]], ids=None)
+    rewards = names["rir"](
+        [right, wrong, right, wrong],
+        [None, None, wrong, wrong],
+        ["A"] * 4,
+        ["multiple choice"] * 4,
+        [[], [], [(3.0, 3.0)], [(3.0, 3.0)]],
+        ids=None,
+    )
     # R + R_fmt; plain; with the tax and alignment 1; with the tax
     assert rewards == pytest.approx([2.0, 1.0, 2.0 - 0.3 + 0.1, 1.0 - 0.3])
 
@@ -123,15 +149,39 @@ def test_repair_round_in_a_loop_of_ones_own_trains(tmp_path, monkeypatch):
     assert any((before[key] != after[key]).any() for key in before)
 
 
-def test_why_a_video_was_misread_is_told_and_drawn(samples, model_folder, tmp_path, teach, monkeypatch, capsys):
+def test_why_a_video_was_misread_is_told_and_drawn(
+    samples, model_folder, tmp_path, teach, monkeypatch, capsys
+):
     sample = samples[0]
     evidence = data.scripted({"video": sample.truth["evidence"]})
-    monkeypatch.setattr(train, "load_teacher", lambda *_: lambda cases: train.teacher.diagnose(
-        cases, evidence, ffr.gate))
-    ffr.explain([sample.path, "--question", sample.question, "--answer", sample.answer, "--model",
-                 model_folder, "--problem_type", "exact", "--prompt", "{question}", "--out",
-                 str(tmp_path), "--frame_pixels", "1024", "--max_completion_length", "8",
-                 "--teacher", "scripted"])
+    monkeypatch.setattr(
+        train,
+        "load_teacher",
+        lambda *_: lambda cases: train.teacher.diagnose(cases, evidence, ffr.gate),
+    )
+    ffr.explain(
+        [
+            sample.path,
+            "--question",
+            sample.question,
+            "--answer",
+            sample.answer,
+            "--model",
+            model_folder,
+            "--problem_type",
+            "exact",
+            "--prompt",
+            "{question}",
+            "--out",
+            str(tmp_path),
+            "--frame_pixels",
+            "1024",
+            "--max_completion_length",
+            "8",
+            "--teacher",
+            "scripted",
+        ]
+    )
     said = capsys.readouterr().out
     assert re.match(r"0 of 8 right at first \(exact\), \d of 8 with a patch\.", said)
     assert "Fix: the evidence patch" in said and "Moments: <" in said
@@ -140,10 +190,28 @@ def test_why_a_video_was_misread_is_told_and_drawn(samples, model_folder, tmp_pa
 
 def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, tmp_path):
     (command,) = re.findall(r"`python (ffr\.py VIDEO [^`]*)`", README)
-    command = command.replace("VIDEO", samples[0].path).replace("PATH", model_folder).replace('"…"', "ring")
-    done = subprocess.run([sys.executable, *command.split(), "--out", str(tmp_path), "--num_frames", "4",
-                           "--max_completion_length", "4", "--teacher_max_tokens", "4"],
-                          cwd=ROOT, capture_output=True, text=True)
+    command = (
+        command.replace("VIDEO", samples[0].path)
+        .replace("PATH", model_folder)
+        .replace('"…"', "ring")
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            *command.split(),
+            "--out",
+            str(tmp_path),
+            "--num_frames",
+            "4",
+            "--max_completion_length",
+            "4",
+            "--teacher_max_tokens",
+            "4",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "0 of 8 right at first (free-form), 0 of 0" in done.stdout
     assert "  No patch (malformed" in done.stdout and "Loading" not in done.stderr
@@ -164,5 +232,9 @@ def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for f in train.fields(train.Config):
         assert f"--{f.name} " in shown
-    for part in ("rollouts and objective: --num_rollouts", "[0.04; tiny mode 0.0]", "[5e-06; tiny mode"):
+    for part in (
+        "rollouts and objective: --num_rollouts",
+        "[0.04; tiny mode 0.0]",
+        "[5e-06; tiny mode",
+    ):
         assert part in shown

@@ -35,10 +35,21 @@ def test_one_pass_over_real_clips_scores_every_problem_type(
         return score(text, answer, kind)
 
     monkeypatch.setattr(ffr, "score", keep)
-    arguments = {"model": model_folder, "data": RECORDS, "video_root": clips, "out": tmp_path,
-                 "eval_data": RECORDS, "prompt": "{question}", "frame_pixels": 64 * 64,
-                 "picture_pixels": 128 * 128, "max_completion_length": 12, "beta": 0.04,
-                 "num_rollouts": 4, "questions_per_device": 3, "learning_rate": 1e-4}
+    arguments = {
+        "model": model_folder,
+        "data": RECORDS,
+        "video_root": clips,
+        "out": tmp_path,
+        "eval_data": RECORDS,
+        "prompt": "{question}",
+        "frame_pixels": 64 * 64,
+        "picture_pixels": 128 * 128,
+        "max_completion_length": 12,
+        "beta": 0.04,
+        "num_rollouts": 4,
+        "questions_per_device": 3,
+        "learning_rate": 1e-4,
+    }
     flags = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     train.main()
@@ -56,7 +67,9 @@ def test_repair_picture_shows_the_right_frames_and_region(clips, student, tmp_pa
     question = ffr.open_question(student, sample)
     assert question.indices[0] == 0 and question.indices[-1] == 249 and len(question.indices) == 16
     (rollout,) = ffr.find_fix_reason(student, [question], 1, teach, 0.3, 0.1, (0, 0))[0]
-    assert rollout.patch.key_frames == [66] and rollout.patch.transcript[0].startswith("zoom_region(66")
+    assert rollout.patch.key_frames == [66] and rollout.patch.transcript[0].startswith(
+        "zoom_region(66"
+    )
     text, frame, label, crop = (
         p.get("image") or p["text"]
         for p in ffr.render_patch(rollout.patch, question.video, question.spacing)[1:]

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import free_port
-from test_train import recorded_rounds, recorded_update, some_right, train_once  # noqa: F401
+from test_train import recorded_rounds, recorded_update, train_once
 
 import data
 import ffr
@@ -68,8 +68,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def say(text, tokens=7):
     message = {"role": "assistant", "content": text}
-    body = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": {"total_tokens": tokens}}
+    body = {
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"total_tokens": tokens},
+    }
     return 200, {"content-type": "application/json"}, json.dumps(body).encode()
 
 
@@ -134,7 +136,10 @@ FAULTS = {  # what the endpoint does to one case, and the cause that the metrics
     "400": (lambda messages, times: (400, {}, b'{"error": "no pictures"}'), "http_400"),
     "a connection that breaks": (lambda messages, times: (0, {}, b""), "connection"),
     "truncated JSON": (lambda messages, times: TRUNCATED, "malformed"),
-    "JSON of wrong types": (lambda messages, times: (200, {}, b'{"choices": {"a": [1]}}'), "malformed"),
+    "JSON of wrong types": (
+        lambda messages, times: (200, {}, b'{"choices": {"a": [1]}}'),
+        "malformed",
+    ),
     "content that is no text": (lambda messages, times: say(None), "malformed"),
     "an unknown tool": (turns("TOOL_CALL: format_disk(1)"), None),
     "arguments out of range": (turns("TOOL_CALL: zoom_region(3, 0, 0, 7, 1)"), None),
@@ -149,12 +154,21 @@ FAULTS = {  # what the endpoint does to one case, and the cause that the metrics
 
 def step(make_config, accelerator, samples, endpoint, monkeypatch, **settings):
     """One training step with the remote teacher: its rollouts, advantages and metrics."""
-    config = make_config(teacher="remote", teacher_url=endpoint.url, teacher_model="m", max_steps=1,
-                         **{"teacher_timeout": 20, **settings})
+    config = make_config(
+        teacher="remote",
+        teacher_url=endpoint.url,
+        teacher_model="m",
+        max_steps=1,
+        **{"teacher_timeout": 20, **settings},
+    )
     calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     teach = train.load_teacher(config, samples, "cpu")
     _, (metrics,) = train_once(config, accelerator, samples, teach)
-    return [r for group in groups[0] for r in group], [row.advantage for row in calls[0][4]], metrics
+    return (
+        [r for group in groups[0] for r in group],
+        [row.advantage for row in calls[0][4]],
+        metrics,
+    )
 
 
 @pytest.fixture
@@ -165,10 +179,20 @@ def whole(server):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
-    name, make_config, accelerator, samples, endpoint, monkeypatch, some_right, whole  # noqa: F811
+    name,
+    make_config,
+    accelerator,
+    samples,
+    endpoint,
+    monkeypatch,
+    some_right,
+    whole,
 ):
-    whole = whole or whole.extend(
-        step(make_config, accelerator, samples, endpoint, monkeypatch)) or whole
+    whole = (
+        whole
+        or whole.extend(step(make_config, accelerator, samples, endpoint, monkeypatch))
+        or whole
+    )
     reference, _, usual = whole
     texts = Counter(r.first.text for r in reference)
     marked = next(k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1)
@@ -183,7 +207,8 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     began = time.time()
     late = {"teacher_timeout": 1.5} if cause == "timeout" else {}
     rollouts, advantages, metrics = step(
-        make_config, accelerator, samples, endpoint, monkeypatch, **late)
+        make_config, accelerator, samples, endpoint, monkeypatch, **late
+    )
     assert time.time() - began < 10
     for k, (a, b) in enumerate(zip(reference, rollouts)):
         assert a.first.completion.ids.tolist() == b.first.completion.ids.tolist()
@@ -238,13 +263,20 @@ def test_endpoint_that_cannot_be_used_ends_the_run_before_training(
 
 
 def test_endpoint_that_goes_away_in_the_run_is_plain_grpo_and_counted(
-    make_config, accelerator, samples, endpoint, monkeypatch, some_right  # noqa: F811
+    make_config,
+    accelerator,
+    samples,
+    endpoint,
+    monkeypatch,
+    some_right,
 ):
     endpoint.fault = lambda messages, times: (0, {}, b"") if len(messages) > 1 else None
     rollouts, _, metrics = step(make_config, accelerator, samples, endpoint, monkeypatch)
     plain = [r.score.accuracy + r.score.format for r in rollouts]
     assert [r.reward for r in rollouts] == plain and metrics["intervention"] == 0
-    assert metrics["teacher_connection"] == metrics["teacher_failures"] == 6 * metrics["failure"] > 0
+    assert (
+        metrics["teacher_connection"] == metrics["teacher_failures"] == 6 * metrics["failure"] > 0
+    )
 
 
 def test_a_date_in_retry_after_is_honoured(endpoint):
@@ -256,12 +288,22 @@ def test_a_date_in_retry_after_is_honoured(endpoint):
     endpoint.fault = lambda messages, times: (429, {"retry-after": "3600"}, b"{}")
     began = time.time()
     assert chat([talk], 5.0)[0].cause == "http_429" and time.time() - began < 1  # no use to wait
-    endpoint.fault = lambda messages, times: (429, {"retry-after": "Mon, 01 Jan 99999 00:00:00 GMT"}, b"{}")
+    endpoint.fault = lambda messages, times: (
+        429,
+        {"retry-after": "Mon, 01 Jan 99999 00:00:00 GMT"},
+        b"{}",
+    )
     assert chat([talk], 1.0)[0].cause == "http_429"
 
 
 def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
-    make_config, accelerator, samples, endpoint, monkeypatch, tmp_path, some_right  # noqa: F811
+    make_config,
+    accelerator,
+    samples,
+    endpoint,
+    monkeypatch,
+    tmp_path,
+    some_right,
 ):
     order = {}
 
@@ -276,8 +318,14 @@ def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
     runs = []
     for url in (endpoint.url, ""):
         seen = endpoint.seen.total()
-        config = make_config(teacher="remote", teacher_url=url, teacher_model="m", max_steps=3,
-                             scale_rewards="none", **cached)
+        config = make_config(
+            teacher="remote",
+            teacher_url=url,
+            teacher_model="m",
+            max_steps=3,
+            scale_rewards="none",
+            **cached,
+        )
         teach = train.load_teacher(config, samples, "cpu")
         student, history = train_once(config, accelerator, samples, teach)
         runs.append((history, [p.clone() for p in student.model.parameters()]))
@@ -287,7 +335,8 @@ def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
     for a, b in zip(first_run, second_run):
         drop = spent | {"seconds_round", "seconds_update"}
         assert {k: v for k, v in a.items() if k not in drop} == {
-            k: v for k, v in b.items() if k not in drop}
+            k: v for k, v in b.items() if k not in drop
+        }
         assert b["teacher_calls"] == b["teacher_tokens"] == 0
         assert a["teacher_calls"] + a["teacher_hits"] == b["teacher_hits"]
     assert all(map(torch.equal, weights, again))
@@ -297,23 +346,33 @@ def test_replay_from_the_cache_has_the_same_metrics_without_a_call(
     assert total["teacher_http_400"] > 0 < total["teacher_malformed"] and total["teacher_calls"] > 5
     other = make_config(teacher="remote", teacher_model="another", **cached)
     teach = train.load_teacher(other, samples, "cpu")  # another teacher's replies are not in it
-    assert {e.cause for e in teach([ffr.case_of(ffr.Question(samples[0], data.Video(
-        samples[0].path), [], []), "hm")])} == {"miss"}
+    assert {
+        e.cause
+        for e in teach(
+            [ffr.case_of(ffr.Question(samples[0], data.Video(samples[0].path), [], []), "hm")]
+        )
+    } == {"miss"}
 
 
 def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_others(
     samples, endpoint
 ):
     videos = [data.Video(s.path) for s in samples]
-    cases = [teacher.Case(s.id, s.question, [], s.answer, f"{n}", v)
-             for s, v in zip(samples, videos) for n in (1, 1, 2)]
+    cases = [
+        teacher.Case(s.id, s.question, [], s.answer, f"{n}", v)
+        for s, v in zip(samples, videos)
+        for n in (1, 1, 2)
+    ]
     chat, spent = teacher.remote(endpoint.url, "m", KEY), Counter()
     verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, spent=spent)
     assert all(isinstance(v, EvidencePatch) for v in verdicts) and spent["calls"] == 2 * 12
     hang = cases[2].response
     endpoint.fault = lambda messages, times: (
-        slow(0, 0) if f"{samples[0].id}\n" in str(messages).replace("\\n", "\n")
-        and f"response:\\n{hang}\\n" in str(messages) else None)
+        slow(0, 0)
+        if f"{samples[0].id}\n" in str(messages).replace("\\n", "\n")
+        and f"response:\\n{hang}\\n" in str(messages)
+        else None
+    )
     began = time.time()
     verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, timeout=1.5)
     assert [isinstance(v, TeacherError) for v in verdicts] == [k == 2 for k in range(18)]
@@ -325,7 +384,15 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
 
 
 def test_the_key_is_sent_to_the_endpoint_and_found_nowhere_else(
-    make_config, accelerator, samples, endpoint, monkeypatch, tmp_path, some_right, caplog, capsys  # noqa: F811
+    make_config,
+    accelerator,
+    samples,
+    endpoint,
+    monkeypatch,
+    tmp_path,
+    some_right,
+    caplog,
+    capsys,
 ):
     """Not even where the endpoint sends it back, in an error or in a reply."""
     caplog.set_level(logging.DEBUG)
@@ -341,16 +408,22 @@ def test_the_key_is_sent_to_the_endpoint_and_found_nowhere_else(
 
     endpoint.fault = echo
     settings = {"teacher_cache": str(tmp_path / "cache"), "save_steps": 1}
-    rollouts, _, metrics = step(make_config, accelerator, samples, endpoint, monkeypatch, **settings)
+    rollouts, _, metrics = step(
+        make_config, accelerator, samples, endpoint, monkeypatch, **settings
+    )
     assert {h["authorization"] for h in endpoint.headers} == {f"Bearer {KEY}"}
     assert metrics["teacher_http_403"] > 0
     assert any(r.patch and r.patch.guidance == "look at key" for r in rollouts)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert any(file.parent.name == "cache" for file in files) and any(
-        "checkpoint" in str(file) for file in files)
+        "checkpoint" in str(file) for file in files
+    )
     written = b"".join(file.read_bytes() for file in files)
-    said = caplog.text + "".join(capsys.readouterr()) + "".join(
-        f"{r.error!r}{vars(r.error)}" for r in rollouts if r.error)
+    said = (
+        caplog.text
+        + "".join(capsys.readouterr())
+        + "".join(f"{r.error!r}{vars(r.error)}" for r in rollouts if r.error)
+    )
     assert KEY.encode() not in written and KEY not in said
 
 

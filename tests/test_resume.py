@@ -26,19 +26,40 @@ def start(out, processes, settings, **more):
     """The training script in a process group of its own."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                    "--master_port", str(free_port())]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(free_port()),
+        ]
     command += [str(ROOT / "tests" / "ranks.py"), "lively", "--out", str(out), *settings]
-    return subprocess.Popen(command, start_new_session=True, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            **more)
+    return subprocess.Popen(
+        command,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **more,
+    )
 
 
 @pytest.fixture
 def settings(model_folder, samples):
-    given = {**train.TINY, "model": model_folder, "questions_per_device": 1, "num_rollouts": 3,
-             "data": str(Path(samples[0].path).parent / "records.jsonl"), "max_steps": STEPS,
-             "beta": 0.04, "learning_rate": 1e-3, "save_steps": 1, "keep_checkpoints": 2}
+    given = {
+        **train.TINY,
+        "model": model_folder,
+        "questions_per_device": 1,
+        "num_rollouts": 3,
+        "data": str(Path(samples[0].path).parent / "records.jsonl"),
+        "max_steps": STEPS,
+        "beta": 0.04,
+        "learning_rate": 1e-3,
+        "save_steps": 1,
+        "keep_checkpoints": 2,
+    }
     given.pop("out")
     return [x for key, value in given.items() for x in (f"--{key}", str(value))]
 
@@ -56,14 +77,21 @@ def finish(process):
 def same_run(a, b):
     """Weights equal byte for byte; metrics equal but for what is timed; each step once."""
     timed = ("seconds_round", "seconds_update", "teacher_seconds")
-    one, two = ([{k: v for k, v in json.loads(line).items() if k not in timed}
-                 for line in Path(x, "metrics.jsonl").read_text().splitlines()] for x in (a, b))
+    one, two = (
+        [
+            {k: v for k, v in json.loads(line).items() if k not in timed}
+            for line in Path(x, "metrics.jsonl").read_text().splitlines()
+        ]
+        for x in (a, b)
+    )
     assert [row["step"] for row in one] == list(range(1, STEPS + 1)) and one == two
     assert any(row["grad_norm"] > 0 for row in one)
     names = ("model/model.safetensors", f"checkpoints/{STEPS:06d}/optimizer.bin")
     assert all(Path(a, name).read_bytes() == Path(b, name).read_bytes() for name in names)
     assert sorted(p.name for p in Path(b, "checkpoints").iterdir()) == [
-        f"{STEPS - 1:06d}", f"{STEPS:06d}"]
+        f"{STEPS - 1:06d}",
+        f"{STEPS:06d}",
+    ]
 
 
 @pytest.mark.slow
@@ -108,8 +136,9 @@ def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, settings):
 
 def test_run_is_neither_overwritten_nor_mixed(tmp_path, settings, monkeypatch):
     def run(*more):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), *settings,
-                                          "--max_steps", "1", *more])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", "--out", str(tmp_path), *settings, "--max_steps", "1", *more]
+        )
         train.main()
 
     run()

@@ -122,7 +122,9 @@ def test_kappa_shifts_a_repaired_reward_by_exactly_kappa():
     wrong, right = Score(0.0, 0.0, False), Score(1.0, 1.0, True)
     free = robust_improvement_reward(wrong, right, 1.0, 0.0, 0.1)
     for kappa in (0.1, 0.3, 1.0):
-        assert free - robust_improvement_reward(wrong, right, 1.0, kappa, 0.1) == pytest.approx(kappa)
+        assert free - robust_improvement_reward(wrong, right, 1.0, kappa, 0.1) == pytest.approx(
+            kappa
+        )
 
 
 def test_unaided_success_outranks_assisted_success():

@@ -28,8 +28,11 @@ def served(model_folder, tmp_path_factory):
     log = open(tmp_path_factory.mktemp("serve") / "log", "w+")
     command = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
     server = subprocess.Popen(
-        [command, "serve", "--device", "cpu", "--port", str(port)], stdout=log, stderr=log,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        [command, "serve", "--device", "cpu", "--port", str(port)],
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     for _ in range(120):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
@@ -47,8 +50,14 @@ def test_a_server_not_ours_takes_conversations_with_pictures(
 ):
     """The tiny model answers nonsense, so each case is malformed: the wire is what is tested."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    config = make_config(teacher="remote", teacher_url=served, teacher_model=model_folder,
-                         teacher_max_tokens=8, teacher_workers=2, max_steps=1)
+    config = make_config(
+        teacher="remote",
+        teacher_url=served,
+        teacher_model=model_folder,
+        teacher_max_tokens=8,
+        teacher_workers=2,
+        max_steps=1,
+    )
     teach = train.load_teacher(config, samples, "cpu")  # says hello
     _, (metrics,) = train_once(config, accelerator, samples, teach)
     assert metrics["failure"] > 0 and metrics["teacher_tokens"] > 8 * metrics["teacher_calls"] > 0
