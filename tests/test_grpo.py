@@ -1,5 +1,7 @@
 """GRPO against hand-computed numbers, an independent implementation, and itself one row at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -294,3 +296,100 @@ def test_second_update_is_clipped_against_the_first_policy(student, questions, a
         num_updates=2,
     )
     assert figures["clipped"] > 0 and figures["kl"] > 0
+
+
+@pytest.mark.parametrize("size, reward", [(3, 1.7), (6, 0.9), (7, 1.9), (8, 0.1)])
+def test_equal_rewards_teach_exactly_nothing_even_where_their_mean_is_rounded(size, reward):
+    rewards = torch.full((1, size), reward)
+    for scale in ("group", "batch", "none"):
+        advantages = grpo.group_advantages(rewards, scale, torch.tensor(0.5))
+        assert torch.equal(advantages, torch.zeros(1, size)), scale
+
+
+def test_a_completion_is_finished_exactly_where_an_end_was_sampled(student, questions):
+    """Every id an end: one token, the end itself, which counts. No id an end: all tokens there are."""
+    prompts, every = (
+        [questions[0].prompt, questions[1].prompt],
+        range(student.model.lm_head.out_features),
+    )
+    for eos_ids, length in ((tuple(every), 1), ((), 5)):
+        sampling = replace(student.sampling, eos_ids=eos_ids)
+        sampling.max_tokens = 5
+        for completion in sampled(student, prompts, [1, 2], sampling):
+            assert completion.finished == bool(eos_ids) and len(completion.ids) == length
+
+
+def test_the_end_that_was_sampled_is_trained(student, questions, accelerator):
+    """A completion ends with its EOS; leave that out, and the gradient is another one."""
+    prompts = [questions[0].prompt] * 8
+    likely = sampled(student, prompts, range(8), student.sampling)[0].ids[-3]
+    sampling = replace(student.sampling, eos_ids=(int(likely),))
+    (ended,) = sampled(student, prompts[:1], [0], sampling)
+    assert ended.finished and ended.ids[-1] == likely and (ended.ids[:-1] != likely).all()
+    whole, _ = gradients(student, accelerator, prompts[:1], [ended], [1.0], [1.0])
+    without = ended._replace(ids=ended.ids[:-1], logps=ended.logps[:-1])
+    less, _ = gradients(student, accelerator, prompts[:1], [without], [1.0], [1.0])
+    (-grpo_logps(student, prompts[0], ended.ids).mean()).backward()
+    want = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+    student.model.zero_grad()
+    assert (whole - want).norm() / want.norm() < 1e-5 < (less - want).norm() / want.norm()
+
+
+def grpo_logps(student, prompt, ids):
+    return grpo.token_logps(student.model, [prompt], [ids], student.sampling)[0][0]
+
+
+def test_gradients_are_clipped_before_the_step(student, questions, accelerator):
+    """With plain SGD at rate 1 the weights move by the clipped gradient: its norm is the limit."""
+    prompts = [questions[0].prompt, questions[1].prompt]
+    done = sampled(student, prompts, [1, 2], student.sampling)
+    before = torch.cat([p.detach().flatten() for p in student.model.parameters()])
+    figures = trained(
+        student, accelerator, prompts, done, [1.0, -1.0], rate=1.0, max_grad_norm=1e-3
+    )
+    after = torch.cat([p.detach().flatten() for p in student.model.parameters()])
+    assert figures["grad_norm"] > 0.01
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def trained(student, accelerator, prompts, completions, advantages, rate, **settings):
+    """The figures of one `update` with plain SGD."""
+    optimizer = torch.optim.SGD(student.model.parameters(), lr=rate)
+    tokens = sum(len(c.ids) for c in completions)
+    rows = [*map(grpo.Row, prompts, prompts, completions, advantages)]
+    settings = {"beta": 0.0} | settings
+    return grpo.update(
+        accelerator, student.model, None, optimizer, rows, tokens, student.sampling, **settings
+    )
+
+
+def test_both_updates_of_a_step_are_measured_from_the_policy_that_sampled(
+    student, questions, accelerator, monkeypatch
+):
+    """μ = 2, in parts of one: π_old stays what π_θ was before the first of them."""
+    prompts = [questions[0].prompt, questions[1].prompt]
+    done, seen, loss = sampled(student, prompts, [1, 2], student.sampling), [], grpo.grpo_loss
+
+    def keep(logps, old_logps, *more, **settings):
+        seen.append((logps.detach().clone(), old_logps.clone()))
+        return loss(logps, old_logps, *more, **settings)
+
+    monkeypatch.setattr(grpo, "grpo_loss", keep)
+    settings = {"num_updates": 2, "at_once": 1}
+    trained(student, accelerator, prompts, done, [1.0, -1.0], rate=0.1, **settings)
+    first, second = seen[:2], seen[2:]
+    for (logps, old), (later, its_old) in zip(first, second):
+        assert torch.equal(old, logps) and torch.equal(its_old, old) and not torch.equal(later, old)
+
+
+def test_ranks_leave_out_equally_many_idle_rollouts(student, questions, accelerator, monkeypatch):
+    """Three of four are idle here but one on another rank: one is left out, so calls stay equal."""
+    prompts = [questions[0].prompt, questions[1].prompt] * 2
+    done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
+    lengths, loss = [], grpo.grpo_loss
+    monkeypatch.setattr(
+        grpo, "grpo_loss", lambda logps, *a, **k: lengths.append(len(logps)) or loss(logps, *a, **k)
+    )
+    monkeypatch.setattr(grpo, "gather_object", lambda idle: [*idle, 1])
+    trained(student, accelerator, prompts, done, [0.0, 0.0, 1.0, 0.0], rate=0.0)
+    assert lengths == [3]
