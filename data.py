@@ -232,6 +232,15 @@ def look_at(paths: list[str], num_frames: int = 1) -> dict:
         return dict(zip(paths, tqdm(pool.map(look, paths), "videos", len(paths), leave=False)))
 
 
+def refuse_broken(samples: list[Sample], file: str) -> None:
+    """Raise DataError where a video of these does not open."""
+    seen = look_at(list({sample.path: 0 for sample in samples}))
+    broken = [fact for fact in seen.values() if isinstance(fact, DataError)]
+    if broken:
+        advice = f"({len(broken)} such; `python data.py {file}` lists them for --skip)"
+        raise DataError(f"{broken[0]} {advice}")
+
+
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
 
@@ -370,6 +379,34 @@ def scripted(truths: dict[str, list[dict]]) -> Callable:
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
 
     return lambda talks, seconds: [reply(talk) for talk in talks]
+
+
+# --- the records of a step, and the rows of a run, one JSON object a line ---
+def pick(samples, step: int, c, accelerator) -> list[Sample]:
+    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
+    import torch  # here alone: a decoder's process would wait for it
+
+    count = c.questions_per_device
+    epoch, k = divmod(step, len(samples) // (count * accelerator.num_processes))
+    shuffle = torch.Generator().manual_seed(c.seed * 1000 + epoch)
+    order = torch.randperm(len(samples), generator=shuffle).tolist()
+    start = (k * accelerator.num_processes + accelerator.process_index) * count
+    return [samples[i] for i in order[start : start + count]]
+
+
+def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
+    """The rows of a file, less a line that was cut off and those of steps after `last`."""
+    if not file.is_file():
+        return []
+    lines = [line for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    lines = [line for line in lines if json.loads(line).get("step", 0) <= last]
+    os.truncate(file, sum(map(len, lines)))
+    return [json.loads(line) for line in lines]
+
+
+def add_rows(file: Path, rows: list[dict]) -> None:
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---

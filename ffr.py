@@ -12,8 +12,6 @@ A τ* is on-policy under another observation: π_θ, π_old and π_ref all score
 
 import argparse
 import hashlib
-import json
-import os
 import re
 import sys
 import textwrap
@@ -27,23 +25,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 from transformers.video_utils import VideoMetadata
 
-from data import Sample, Video, fit
-from grpo import Completion, Sampling, generate, prefill, with_positions
-from reward import Score, alignment, asks_for, leak, robust_improvement_reward, score
+from data import Sample, Video, add_rows, fit, read_rows
+from grpo import Completion, Episode, Sampling, generate, is_sharded
+from reward import SUFFIXES, Score, alignment, robust_improvement_reward, score
 from teacher import Case, EvidencePatch, TeacherError
 
 PROMPT = """{question}
 {options}
 Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
-SUFFIXES = {
-    "multiple choice": "The answer is the letter of one option.",
-    "numerical": "The answer is one number.",
-    "regression": "The answer is one number.",
-    "OCR": "The answer is the text as it is written in the video.",
-    "free-form": "The answer is a short phrase.",
-    "exact": "The answer is exactly the words that are asked for.",
-}
 
 
 @dataclass
@@ -54,7 +44,6 @@ class Student:
     processor: object
     sampling: Sampling
     config: object  # train.Config, or anything with the names that are read here
-    synced: bool = False  # sharded parameters: every rank must make the same calls
 
 
 @dataclass
@@ -87,6 +76,7 @@ class Rollout:
     patch: EvidencePatch | None = None  # c, where this is a τ*
     failed: "Rollout | None" = None  # the τ whose place this τ* took
     error: TeacherError | None = None  # why this failed τ got no patch
+    prompt_number: int = 0  # of the round's: the questions' first, then each patched one
 
     @property
     def first(self) -> "Rollout":  # the unaided one in this place of the group
@@ -185,6 +175,25 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     return with_positions(student.model, dict(inputs.to(student.model.device)))
 
 
+def with_positions(model, inputs: dict) -> dict:
+    """A processor's inputs and `position_ids`, (1, L), or (3, 1, L) of time, height and width, so
+    that parts can be computed apart. Raises ValueError where M-RoPE hides how it counts."""
+    finders = [part.get_rope_index for part in model.modules() if hasattr(part, "get_rope_index")]
+    if not finders:
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if "mrope_section" in rope:
+            raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
+        return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
+    positions = finders[0](**inputs)[0]
+    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        # The weights were trained with text after a video at the largest position so far + 1; from
+        # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
+        of_video = inputs["mm_token_type_ids"][0] == 2
+        for after in (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1:
+            positions[..., after:] += positions[..., :after].max() + 1 - positions[0, 0, after]
+    return inputs | {"position_ids": positions}
+
+
 # --- the round: Find → Fix → Reason ---
 def find_fix_reason(
     student: Student,
@@ -197,54 +206,105 @@ def find_fix_reason(
 ) -> list[list[Rollout]]:
     """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
     `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
-    A rollout's randomness is of `seed`, its sample and its place alone, whatever others become."""
-    model, sampling, synced = student.model, student.sampling, student.synced
+    Each rollout is seeded by (seed, sample, place): it does not depend on the others."""
     # τ_i ~ π_old(· | x), i = 1 … G
+    seeds = [
+        [_seed(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
+        for question in questions
+    ]
+    prompts = [question.prompt for question in questions]
+    answers = sum(generate(student.model, prompts, seeds, student.sampling), [])
     asked = [question for question in questions for _ in range(num_rollouts)]
-    seeds = [_seed(seed, q.sample.id, k % num_rollouts, "first") for k, q in enumerate(asked)]
-    read = prefill(model, [q.prompt for q in asked], sampling)
-    answers = generate(model, read, seeds, sampling, synced)
-    chosen = [judge(student, q, q.prompt, answer) for q, answer in zip(asked, answers)]
+    chosen = [
+        judge(student, q, q.prompt, k // num_rollouts, answer)
+        for k, (q, answer) in enumerate(zip(asked, answers))
+    ]
     # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
     wrong = [k for k, q in enumerate(asked) if teacher and q.counts and not chosen[k].score.correct]
     verdicts = teacher([case_of(asked[k], chosen[k].text) for k in wrong]) if wrong else []
-    # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
-    repairs, encoded = [], {}
+    patched = {}  # for each question and distinct patch: the prompt, and the failures that got it
     for k, verdict in zip(wrong, verdicts):
         if isinstance(verdict, TeacherError):  # τ_i stays, with its plain reward, untaxed
             chosen[k].error = verdict
             continue
-        key = (k // num_rollouts, repr(verdict))  # equal patches share a prompt
+        key = (k // num_rollouts, repr(verdict))
         try:
-            encoded[key] = encoded.get(key) or encode(student, asked[k], verdict)
-            repairs.append((k, verdict, encoded[key]))
+            if key not in patched:
+                patched[key] = (encode(student, asked[k], verdict), [])
+            patched[key][1].append((k, verdict))
         except ValueError as error:  # over the prompt limit, or a frame that does not decode
             chosen[k].error = TeacherError("prompt", str(error))
-    seeds = [_seed(seed, asked[k].sample.id, k % num_rollouts, "again") for k, *_ in repairs]
-    patched, trunks = [x for *_, x in repairs], [asked[k].prompt for k, *_ in repairs]
-    if synced and teacher:
-        patched, seeds = [*patched, stand_in(student, questions[0])], [*seeds, 0]
-        trunks.append(questions[0].prompt)
-    again = patched and generate(
-        model, prefill(model, patched, sampling, read, trunks), seeds, sampling, synced
-    )
+    # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
+    prompts = [prompt for prompt, _ in patched.values()]
+    seeds = [
+        [_seed(seed, asked[k].sample.id, k % num_rollouts, "again") for k, _ in failures]
+        for _, failures in patched.values()
+    ]
+    if is_sharded(student.model) and teacher:
+        prompts.append(stand_in(student, questions[0]))
+        seeds.append([0])
+    again = generate(student.model, prompts, seeds, student.sampling) if prompts else []
     # τ̂_i = τ_i if z_i = 1 else τ*_i
-    for (k, patch, prompt), completion in zip(repairs, again):
-        repaired = judge(student, asked[k], prompt, completion)
-        spans = [tuple(map(asked[k].video.seconds, span)) for span in patch.spans]
-        repaired.align = alignment(repaired.text, spans, asked[k].spacing / 2)
-        repaired.patch, repaired.failed, chosen[k] = patch, chosen[k], repaired
+    repaired_groups = zip(patched.values(), again)
+    for number, ((prompt, failures), completions) in enumerate(repaired_groups, len(questions)):
+        for (k, patch), completion in zip(failures, completions):
+            repaired = judge(student, asked[k], prompt, number, completion)
+            spans = [tuple(map(asked[k].video.seconds, span)) for span in patch.spans]
+            repaired.align = alignment(repaired.text, spans, asked[k].spacing / 2)
+            repaired.patch, repaired.failed, chosen[k] = patch, chosen[k], repaired
     for r in chosen:
         repaired = r.score if r.failed else None
         r.reward = robust_improvement_reward(r.first.score, repaired, r.align, kappa, lam)
     return [chosen[k : k + num_rollouts] for k in range(0, len(chosen), num_rollouts)]
 
 
-def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
+def judge(student, question: Question, prompt: dict, number: int, completion) -> Rollout:
     """Decode a completion and score it: R, R_fmt, z."""
-    text = student.processor.tokenizer.decode(completion.ids, skip_special_tokens=True)
-    sample = question.sample
-    return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
+    text = decode(student, completion.ids)
+    judged = score(text, question.sample.answer, question.sample.problem_type)
+    return Rollout(prompt, completion, text, judged, prompt_number=number)
+
+
+def store_linears_in_bf16(model) -> None:
+    """Halve frozen linear layers. Autocast casts their weights at each call, so nothing changes;
+    norms and embeddings it leaves in fp32, and so does this."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+
+
+def token_ids(model, processor) -> dict:
+    """A checkpoint's ids for `Sampling`: each EOS ends; vision and padding are suppressed."""
+    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
+    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
+    never = (never | {pad_id}) - ends - {None}
+    return {"eos_ids": tuple(ends), "pad_id": pad_id, "suppressed_ids": tuple(sorted(never))}
+
+
+def decode(student: Student, ids: torch.Tensor) -> str:
+    """A completion's text. Only ends, padding and vision tokens are dropped: some tokenizers hold
+    <think> and <answer> as special tokens too, and these are what the reward looks for."""
+    sampling = student.sampling
+    dropped = {*sampling.eos_ids, sampling.pad_id, *sampling.suppressed_ids}
+    kept = [token for token in ids.tolist() if token not in dropped]
+    return student.processor.tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def episodes(questions: list[Question], groups: list, advantages: list[float]) -> tuple:
+    """A round as `grpo.Batch` takes it: distinct prompts, and an `Episode` for each rollout, with
+    its advantage. What does not count has weight 0."""
+    prompts = {number: question.prompt for number, question in enumerate(questions)}
+    rollouts = [(k, rollout) for k, group in enumerate(groups) for rollout in group]
+    found = []
+    for (k, rollout), advantage in zip(rollouts, advantages):
+        prompts[rollout.prompt_number] = rollout.prompt
+        own = (k, rollout.prompt_number, rollout.completion.ids, rollout.completion.logps)
+        counts = float(questions[k].counts)
+        found.append(Episode(*own, advantage * counts, counts))
+    return prompts, found
 
 
 def stand_in(student: Student, question: Question) -> dict:
@@ -258,59 +318,8 @@ def case_of(question: Question, response: str) -> Case:
     return Case(x.id, x.question, x.options, x.answer, response, question.video)
 
 
-def gate(patch: EvidencePatch, case: Case) -> str | None:
-    """Drop regions where a place is asked, times where a time is; return why words give y away."""
-    asked = asks_for(case.question)
-    patch.regions = [] if "place" in asked else patch.regions
-    if "time" in asked:
-        patch.spans, patch.show_times = [], False
-    words = "; ".join([patch.guidance, *(region.what for region in patch.regions)])
-    return leak(words, case.question, case.options, case.answer)
-
-
 def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
-
-
-def describe(question: Question, r: Rollout) -> dict:
-    """A chosen rollout in the numbers that `summarize` works on."""
-    frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
-    return {
-        "failure": not r.first.score.correct,
-        "intervention": r.failed is not None,
-        "reward": r.reward,
-        "format": r.score.format,
-        "truncated": not r.completion.finished,
-        "length": len(r.completion.ids),
-        "entropy": float(r.completion.entropy.sum()),
-        "fix": r.score.correct,
-        "align": r.align,
-        "cause": r.error and r.error.cause,
-        "patch_frames": len(frames),
-        "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
-        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
-    }
-
-
-def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-    repaired = [row for row in rows if row["intervention"]]
-    among = dict.fromkeys("failure intervention reward format truncated length".split(), rows)
-    among |= dict.fromkeys("fix align patch_frames patch_seconds".split(), repaired)
-    metrics = {k: sum(row[k] for row in part) / max(len(part), 1) for k, part in among.items()}
-    metrics["entropy"] = sum(r["entropy"] for r in rows) / max(sum(r["length"] for r in rows), 1)
-    metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
-    for name in updates[0]:
-        join = max if name in "logp_gap grad_norm seconds_round seconds_update".split() else sum
-        metrics[name] = join(update[name] for update in updates)
-    causes = [row["cause"] for row in rows if row["cause"]]
-    asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
-    metrics |= {
-        "unaided": 1 - metrics["failure"] if rows else 0.0,
-        "teacher_failures": len(causes),
-        "won_per_call": sum(row["fix"] for row in repaired) / asked,
-    }
-    return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
 
 
 def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, file: Path) -> str:
@@ -368,7 +377,8 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
     it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     file, processes = Path(student.config.out, f"{name}.jsonl"), accelerator.num_processes
-    rows = read_rows(accelerator, file)
+    rows = read_rows(file) if accelerator.is_main_process else []
+    rows = broadcast_object_list([rows])[0]
     done = {row["id"] for row in rows}
     left = [sample for sample in samples if sample.id not in done]
     batches = range(0, len(left), at_once * processes)
@@ -390,25 +400,10 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
                 if q.counts
             ]
         )
-        add_rows(accelerator, file, fresh)
+        if accelerator.is_main_process:
+            add_rows(file, fresh)
         rows += fresh
     return rows
-
-
-def read_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
-    """The rows of a .jsonl file; a line that was cut off, or of a step after `last`, is dropped."""
-    lines = []
-    if accelerator.is_main_process and file.is_file():
-        lines = [line for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
-        lines = [line for line in lines if json.loads(line).get("step", 0) <= last]
-        os.truncate(file, sum(map(len, lines)))
-    return broadcast_object_list([[json.loads(line) for line in lines]])[0]
-
-
-def add_rows(accelerator, file: Path, rows: list[dict]) -> None:
-    if accelerator.is_main_process:
-        with open(file, "a", encoding="utf-8") as opened:
-            opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 # --- `python ffr.py VIDEO`: why did my model get this video wrong? ---

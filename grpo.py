@@ -1,330 +1,179 @@
-"""Group Relative Policy Optimization on any transformers vision-language model. No FFR in here.
+"""Group Relative Policy Optimization (GRPO) on any transformers vision-language model.
 
-    π_θ   `model`                 log π_θ(o_t)   `token_logps`        G    rollouts per prompt
-    o     completion token ids    A_i            `group_advantages`   ε    `epsilon`, β  `beta`
-    r_t   π_θ / π_old             J(θ)           `grpo_loss`          μ    `num_updates`
+    q     a question              `prompt`: what a processor returns for one conversation, (1, L)
+                                  each but for pixels and grids, and its `position_ids`
+    o_i   an answer to it         `Completion` as sampled, `Episode` as trained; T tokens
+    π_θ, π_old, π_ref             `model`, `old_logps` (before a step's update), `reference`
+    A_i, r_t, J(θ)                `group_advantages`, `ratio`, minus `grpo_loss`
+    ε, β, μ                       `epsilon`, `beta`, `num_updates` of `Objective`
 
-Sources: GRPO (DeepSeekMath), FFR eq. J(θ), Dr. GRPO. A prompt is the dict of tensors a processor
-returns for one conversation, some (1, L), others (pixels, grids) with their own rows. No sibling.
+A step is `generate`, a reward for each completion (yours), `group_advantages`, `update`.
+Sources: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4; FFR eq. J(θ); Dr. GRPO. No sibling is needed.
 """
 
-import os
-from collections import Counter, namedtuple
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 import transformers
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def load_policy(name: str, attention="", checkpointing=False, freeze_vision=False) -> tuple:
-    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
-    round updates of 5e-6 away. Raises ValueError where it cannot be trained."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: no processor loads from there ({error})") from error
-    if not hasattr(processor, "video_processor") or not processor.chat_template:
-        raise ValueError(f"{name}: no video processor or chat template; save them there")
-    hello = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    opening = processor.apply_chat_template(hello, tokenize=False, add_generation_prompt=True)
-    if opening.rstrip().endswith("<think>"):
-        raise ValueError(
-            f"{name}: its chat template opens <think> itself, so the format reward "
-            "would be 0 for ever; take that out of the template"
-        )
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention or None
-    )
-    vision = model.get_encoder("video")
-    if freeze_vision and vision is model:
-        raise ValueError(f"{name}: no vision tower is found in it; train it without freezing")
-    vision.requires_grad_(not freeze_vision)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model, processor
+@dataclass
+class Sampling:
+    """How completions are sampled, and so how they are scored. The ids are a checkpoint's own."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 0.95
+    max_completion_length: int = 1024
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    suppressed_ids: tuple[int, ...] = ()  # never sampled: a vision token claims missing pixels
 
 
 @dataclass
-class Sampling:
-    """How completions are sampled, and so how they are scored. `temperature` 0 is greedy."""
+class Objective:
+    """What an update maximizes, and in which portions."""
 
-    temperature: float = 1.0
-    top_p: float = 0.95
-    max_tokens: int = 1024
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-    suppressed_ids: tuple[int, ...] = ()  # never sampled: a vision id would claim missing pixels
-
-
-def sampling_for(model, processor, temperature: float, top_p: float, max_tokens: int) -> Sampling:
-    """`Sampling` with a checkpoint's own ids. Each EOS ends; vision and padding are suppressed."""
-    tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
-    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
-    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
-    never = tuple(sorted((never | {pad_id}) - eos - {None}))
-    return Sampling(temperature, top_p, max_tokens, tuple(sorted(eos)), pad_id, never)
+    epsilon: float = 0.2
+    beta: float = 0.04
+    num_updates: int = 1
+    max_grad_norm: float = 5.0
+    rollouts_at_once: int = 0  # episodes in one forward and backward; 0: all
+    row_tokens: int = 8192  # the most that a row shared by episodes may have
 
 
-# Sampled tokens, their log-probs and the entropy of π before each, all (T,); did an EOS end them?
-Completion = namedtuple("Completion", "ids logps entropy finished")
-
-
-# --- prompts: the same video is read once ---
-CHUNK = 1024  # tokens whose fp32 logits are held at once
-PER_TOKEN = "input_ids attention_mask mm_token_type_ids position_ids branch parent".split()
-
-
-def with_positions(model, inputs: dict) -> dict:
-    """A conversation's inputs and where its tokens stand, so that parts can be computed apart:
-    `position_ids` (1, L), or (3, 1, L) of time, height and width. `model` is unwrapped."""
-    index, mask = getattr(model.model, "get_rope_index", None), inputs["attention_mask"]
-    if index is None:
-        return inputs | {"position_ids": mask.cumsum(1) - 1}
-    positions, of_video = index(**inputs)[0], inputs["mm_token_type_ids"][0] == 2
-    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        # The weights were trained with text after a video at the largest position so far + 1; from
-        # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
-        for after in (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1:
-            positions[..., after:] += positions[..., :after].max() + 1 - positions[0, 0, after]
-    return inputs | {"position_ids": positions}
-
-
-def can_share(model) -> bool:
-    """Can prompts share a row? Where all layers attend to all before, by a kernel for any mask."""
-    text = getattr(model, "module", model).config.get_text_config()
-    layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
-    return text._attn_implementation == "sdpa" and len(layers) == 1
-
-
-def common(*prompts: dict) -> int:
-    """How many tokens all begin with, less the last one of each."""
-    return len(os.path.commonprefix([p["input_ids"][0, :-1].tolist() for p in prompts]))
-
-
-def rest(prompt: dict, trunk: dict, n: int) -> dict:
-    """What a prompt has after its first n tokens; all of `trunk`'s videos stand in these."""
-    parts = {
-        key: x[..., n:] if key in PER_TOKEN else x[len(trunk.get(key, ())) :]
-        for key, x in prompt.items()
-    }
-    return {key: x for key, x in parts.items() if x.numel()}
-
-
-def pack(trunk: dict, prompts: list[dict], ids: list[Tensor]) -> dict:
-    """A row (1, N) that holds a tree: what `trunk` and all prompts begin with; what else a prompt
-    has before its last token, once however often it is given; then leaves, for each prompt its
-    last token and `ids`. `branch`: 1 in the trunk, above 1 in a prompt's part, below 0 in a leaf;
-    `parent`: the branch that it goes on from."""
-
-    def labelled(part: dict, **labels: int) -> dict:
-        return part | {key: torch.full_like(part["input_ids"], k) for key, k in labels.items()}
-
-    n, own, leaves = common(trunk, *prompts), {}, []
-    head = {key: x[..., :n] if key in PER_TOKEN else x for key, x in trunk.items()}
-    parts = [labelled(head, branch=1, parent=1)]
-    for k, (prompt, tail) in enumerate(zip(prompts, ids), 2):
-        part, number = rest(prompt, trunk, n), own.setdefault(id(prompt), k)
-        leaf = {key: pad(part[key][..., -1:], (0, len(tail))) for key in part if key in PER_TOKEN}
-        leaf["input_ids"][:, 1:] = tail
-        leaf["position_ids"] = leaf["position_ids"][..., :1] + torch.arange(len(tail) + 1).to(tail)
-        leaves.append(labelled(leaf, branch=-k, parent=number))
-        if number == k:
-            part = {key: x[..., :-1] if key in PER_TOKEN else x for key, x in part.items()}
-            parts.append(labelled(part, branch=k, parent=1))
-    return join([*parts, *leaves], -1)
-
-
-def in_rows(model, prompts: list[dict], ids: list[Tensor], trunks: list[dict]) -> tuple:
-    """Packed rows, one for each trunk if the model can share, else for each prompt. Returns them,
-    what each begins as, and the order in which the prompts stand in them."""
-    groups, shared = {}, can_share(model)
-    for i, trunk in enumerate(trunks):
-        groups.setdefault(id(trunk) if shared else i, []).append(i)
-    heads = [trunks[group[0]] for group in groups.values()]
-    rows = [
-        pack(head, [prompts[i] for i in group], [ids[i] for i in group])
-        for head, group in zip(heads, groups.values())
-    ]
-    return rows, heads, sum(groups.values(), [])
-
-
-def join(parts: list[dict], dim: int) -> dict:
-    """What there is for each token along `dim`; pixels and grids one after another."""
-    found = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
-    return {
-        key: torch.cat(values, dim if key in PER_TOKEN else 0) if values[1:] else values[0]
-        for key, values in found.items()
-    }
-
-
-def stack(rows: list[dict], pad_id: int, before: Tensor | None = None) -> tuple:
-    """Packed rows as a left-padded batch (B, L) for a model whose cache holds tokens labelled
-    `before` (B, N − L). Also: which tokens are of leaves (B, L), and what each one sees (B, L, N):
-    the trunk, its own branch and that one's parent, up to itself."""
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    batch = join(
-        [
-            {
-                key: pad(x, (longest - x.shape[-1], 0)) if key in PER_TOKEN else x
-                for key, x in row.items()
-            }
-            for row in rows
-        ],
-        -2,
-    )
-    branch, parent = batch.pop("branch"), batch.pop("parent")
-    keys = branch if before is None else torch.cat([before, branch], 1)
-    sees = (keys == 1)[:, None] | (keys[:, None] == branch[..., None])
-    sees = (sees | (keys[:, None] == parent[..., None])).tril(keys.shape[1] - longest)
-    alone = (branch.amin(1) == -2).all()  # one leaf in each row: any attention kernel can do it
-    batch["attention_mask"] = (keys != 0).long() if alone else sees[:, None]
-    batch["input_ids"] = batch["input_ids"].masked_fill(branch == 0, pad_id)
-    return batch, branch < 0, sees
+# --- sampling ---
+class Completion(NamedTuple):
+    ids: Tensor  # (T,) with the end that was sampled
+    logps: Tensor  # (T,) log π of each
+    entropy: Tensor  # (T,) of π before each
+    finished: bool  # was an end sampled?
 
 
 def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (…, V) that define π, sampled and scored: fp32, at the temperature, suppressed ids
-    masked. Not top-p: it truncates what is sampled, while r_t is of the full softmax, as usual."""
+    """Logits (…, V), fp32, whose softmax is π: at the temperature, suppressed ids masked. Not
+    top-p: it truncates what is sampled, while r_t is of the full softmax, as usual."""
     logits = logits.float() / (sampling.temperature or 1.0)
     logits[..., list(sampling.suppressed_ids)] = -torch.inf
     return logits
 
 
-def sample(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
-    """Next tokens, their log-probs, the entropy of π; each (B, 1), from logits (B, V). `chance`
-    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose probability reaches top-p."""
-    logp = policy_logits(logits, sampling).log_softmax(-1)
-    ranked, order = logp.exp().sort(descending=True)
+def sample_token(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
+    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V). `chance`
+    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p."""
+    logps = policy_logits(logits, sampling).log_softmax(-1)
+    ranked, order = logps.exp().sort(descending=True)
     mass = ranked.cumsum(-1)
     last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    if sampling.temperature == 0:
+        chance = torch.zeros_like(chance)
     place = (mass <= chance * mass.gather(-1, last)).sum(-1, keepdim=True)
-    token = order.gather(-1, torch.minimum(place, last) if sampling.temperature > 0 else place * 0)
-    entropy = -(logp.exp() * logp.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
-    return token, logp.gather(-1, token), entropy
-
-
-Prefill = namedtuple("Prefill", "prompts cache row sees position logits")
+    token = order.gather(-1, torch.minimum(place, last))
+    entropy = -(logps.exp() * logps.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
+    return token, logps.gather(-1, token), entropy
 
 
 @torch.no_grad()
-def prefill(
-    model,
-    prompts: list[dict],
-    sampling: Sampling,
-    seen: Prefill | None = None,
-    trunks: list[dict] = (),
-) -> Prefill:
-    """Read S prompts. `trunks`: for each one that `seen` has read; what they have in common is not
-    read again, and `seen` is used up. `model` is unwrapped, and left in eval. Returns them and the
-    cache; for each its `row` there (S,); what its last token `sees` of that (S, N), and its
-    `position` (…, S); the `logits` after it (S, V)."""
+def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampling) -> list[list]:
+    """Sample `Completion`s: for each prompt a list of as many as it has seeds.
+
+    A prompt is read once. Each completion has its own seed, so it does not depend on the rest of
+    the batch. `model` is unwrapped. Another sampler is another function of this signature.
+    """
     model.eval()
-    trunks, before, cache = trunks or prompts, None, None
-    rows, heads, order = in_rows(model, prompts, [p["input_ids"][0, :0] for p in prompts], trunks)
-    if seen is not None and can_share(model):
-        known = [[*map(id, seen.prompts)].index(id(head)) for head in heads]
-        begins = dict(zip(map(id, heads), seen.sees[known].int().argmax(1).tolist()))
-        keep = min(begins[id(trunk)] + common(p, trunk) for p, trunk in zip(prompts, trunks))
-        rows = [rest(row, head, keep - begins[id(head)]) for row, head in zip(rows, heads)]
-        before, cache = seen.sees[known, :keep].long(), seen.cache
-        cache.crop(keep - cache.get_seq_length())
-        cache.reorder_cache(seen.row[known])
-    batch, leaf, sees = stack(rows, sampling.pad_id, before)
-    out = model(**batch, cache=cache, use_cache=True, logits_to_keep=leaf)
-    place = torch.tensor(order).argsort()  # of each prompt's leaf
-    row, column = leaf.nonzero()[place].T
-    position = batch["position_ids"][..., row, column]
-    return Prefill(prompts, out.cache, row, sees[row, column], position, out.logits[place])
+    batch = left_pad(prompts, sampling.pad_id)
+    device, most = batch["input_ids"].device, sampling.max_completion_length
+    owner = [number for number, own in enumerate(seeds) for _ in own]
+    owner = torch.tensor(owner, device=device)  # (B,) the prompt of each completion
+    sources = [torch.Generator().manual_seed(seed) for own in seeds for seed in own]
+    chances = torch.stack([torch.rand(most, 1, generator=source) for source in sources], 1)
+    eos_ids = torch.tensor(sampling.eos_ids, device=device)
+
+    sampled = []
+    with gathered_once(model) as any_rank:
+        out = model(**batch, cache=OneDtypeCache(config=model.config), logits_to_keep=1)
+        out.cache.reorder_cache(owner)
+        logits = out.logits[owner, -1]  # (B, V)
+        attention_mask = batch["attention_mask"][owner]
+        position_ids = batch["position_ids"][..., owner, -1:]  # (B, 1), or (3, B, 1)
+        running, lengths = torch.ones_like(owner), torch.zeros_like(owner)
+        for chance in chances.to(device):
+            sampled.append(sample_token(logits, chance, sampling))
+            token = sampled[-1][0]  # (B, 1)
+            lengths += running
+            running *= ~torch.isin(token[:, 0], eos_ids)
+            if len(sampled) == most or not any_rank(running):
+                break
+            attention_mask = pad(attention_mask, (0, 1), value=1)
+            position_ids = position_ids + 1
+            where = {"attention_mask": attention_mask, "position_ids": position_ids}
+            logits = model(input_ids=token, cache=out.cache, **where).logits[:, -1]
+
+    ids, logps, entropy = (torch.cat(values, 1) for values in zip(*sampled))  # each (B, T)
+    groups = [[] for _ in prompts]
+    for k, n in enumerate(lengths.tolist()):
+        done = Completion(ids[k, :n], logps[k, :n], entropy[k, :n], finished=not running[k])
+        groups[owner[k]].append(done)
+    return groups
 
 
-@torch.no_grad()
-def generate(
-    model, read: Prefill, seeds: list[int], sampling: Sampling, synced: bool = False
-) -> list[Completion]:
-    """Sample a completion of each prompt, in one batch, each from a seed of its own: leaving one
-    out changes nothing for the others. Those of a row go on side by side, K tokens a step, each
-    seeing its own; `read`'s cache grows by them. `synced` (sharded): till all ranks are done."""
-    row, logits, device = read.row, read.logits, read.row.device
-    chances = torch.stack(
-        [
-            torch.rand(sampling.max_tokens, 1, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ],
-        1,
-    ).to(device)  # (T, S, 1)
-    slot = (row[:, None] == row).tril(-1).sum(1)  # (S,), which of its row's K
-    R, K = int(row.max()) + 1, int(slot.max()) + 1
-    ids = torch.zeros(R, K, dtype=torch.long, device=device)
-    position = read.position.new_zeros(*read.position.shape[:-1], R, K)
-    sees = read.sees.new_zeros(R, K, read.sees.shape[1])
-    position[..., row, slot], sees[row, slot] = read.position, read.sees
-    itself = torch.eye(K, dtype=torch.bool, device=device).expand(R, K, K)
-    eos, sampled = torch.tensor(sampling.eos_ids, device=device), []
-    going, lengths = torch.ones_like(row), torch.zeros_like(row)  # (S,), going: 0 after an EOS
-    for chance in chances:
-        sampled.append(sample(logits, chance, sampling))
-        ids[row, slot], lengths = sampled[-1][0][:, 0], lengths + going
-        going = going * ~torch.isin(ids[row, slot], eos)
-        more = going.max()
-        if synced:
-            torch.distributed.all_reduce(more, torch.distributed.ReduceOp.MAX)
-        if not more or len(sampled) == sampling.max_tokens:
-            break
-        position, sees = position + 1, torch.cat([sees, itself], -1)
-        mask = sees[:, None] if K > 1 else sees[:, 0].long()
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            cache=read.cache,
-            use_cache=True,
-        ).logits[row, slot]
-    parts = [torch.cat(values, 1) for values in zip(*sampled)]  # each (S, T)
-    return [
-        Completion(*(part[k, :n] for part in parts), not unended)
-        for k, (n, unended) in enumerate(zip(lengths.tolist(), going.tolist()))
-    ]
+class OneDtypeCache(transformers.DynamicCache):
+    """Under autocast keys come in fp32, values in bf16. Attention casts the keys anyway; cast
+    before they are kept, they take half the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple:
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
-def token_logps(
-    model,
-    prompts: list[dict],
-    ids: list[Tensor],
-    sampling: Sampling,
-    trunks: list[dict] | None = None,
-) -> tuple:
-    """Log-probs of completions under their prompts: `logps, mask`, each (B, T) fp32. The mask is 1
-    on completion tokens, 0 on padding. Those with the same trunk (by default, the same prompt)
-    stand in one row, where each sees the trunk and itself: a video is encoded once for all, and
-    only completions get logits."""
-    for module in model.modules():  # checkpointing needs training mode, dropout must stay off
-        module.training = isinstance(module, GradientCheckpointingLayer)
-    rows, _, order = in_rows(model, prompts, [x[:-1] for x in ids], trunks or prompts)
-    batch, leaf, _ = stack(rows, sampling.pad_id)
-    logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
-    tokens = torch.cat([ids[i] for i in order])
+def is_sharded(model) -> bool:
+    """Are its parameters spread over ranks (FSDP2), so that every call needs every rank?"""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
-    def chosen(logits: Tensor, tokens: Tensor) -> Tensor:  # (N, V), (N,) → (N,)
-        return policy_logits(logits, sampling).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    # In parts, and computed again backward: fp32 logits of all are large.
-    flat = torch.cat(
-        [
-            checkpoint(chosen, *part, use_reentrant=False)
-            for part in zip(logits.split(CHUNK), tokens.split(CHUNK))
-        ]
-    )
-    logps = dict(zip(order, flat.split([len(ids[i]) for i in order])))
-    logps = [logps[i] for i in range(len(ids))]
-    return pad_sequence(logps, True), pad_sequence([*map(torch.ones_like, logps)], True)
+@contextmanager
+def gathered_once(model):
+    """Gather sharded text layers once for all tokens, not again for each. Yields a function that
+    tells whether any completion still runs, on any rank if they must call together."""
+    layers = [part for part in model.get_decoder().modules() if isinstance(part, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+
+    def any_rank(running: Tensor) -> bool:
+        most = running.max()
+        if is_sharded(model):
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return bool(most)
+
+    yield any_rank
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+        layer.reshard()
+
+
+# --- scoring, advantages, objective ---
+def completion_logps(model, prompt: dict, ids: Tensor, sampling: Sampling) -> Tensor:
+    """log π_θ(o_t | q, o_<t) of a completion's `ids` (T,) under its prompt: (T,), fp32."""
+    model.eval()  # π_old had no dropout
+    inputs = extend(prompt, ids[:-1])
+    logits = model(**inputs, logits_to_keep=len(ids), use_cache=False).logits[0]  # (T, V)
+    return chosen_logps(logits, ids, sampling)
+
+
+def chosen_logps(logits: Tensor, ids: Tensor, sampling: Sampling) -> Tensor:
+    """log π of `ids` (T,) by the logits (T, V) before each."""
+    logps = policy_logits(logits, sampling).log_softmax(-1)
+    return logps.gather(1, ids[:, None])[:, 0]
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
@@ -349,9 +198,11 @@ def grpo_loss(
     beta=0.04,
 ) -> Tensor:
     """−J(θ) = −1/Σ|τ̂_i| · Σ_i Σ_t min(r_t A_i, clip(r_t, 1−ε, 1+ε) A_i) + β KL(π_θ ‖ π_ref).
+
     logps, old_logps, ref_logps, mask (B, T); advantages (B,); `total_tokens` = Σ|τ̂_i| over the
     step's rollouts on all ranks, so that parts add up to the token mean. KL is the k3 estimate
-    e^d − d − 1, d = log π_ref − log π_θ (whose gradient is that of KL(π_ref ‖ π_θ))."""
+    e^d − d − 1, d = log π_ref − log π_θ (whose gradient is that of KL(π_ref ‖ π_θ)).
+    """
     ratio = (logps - old_logps).exp()  # r_t
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # CLIP
@@ -361,69 +212,244 @@ def grpo_loss(
     return -(objective * mask).sum() / max(total_tokens, 1)
 
 
-# A rollout in the update; its group's prompts begin as `trunk`. Weight 0 trains nothing.
-Row = namedtuple("Row", "trunk prompt completion advantage weight", defaults=[1.0])
+# --- the update ---
+class Episode(NamedTuple):
+    """A completion to train on. Its prompts are given by number."""
+
+    question: int  # what all prompts of its group begin with
+    prompt: int  # what it answers: the question, or that with a patch
+    ids: Tensor
+    sampled_logps: Tensor | None = None
+    advantage: float = 0.0
+    weight: float = 1.0  # 0: takes part in the calls and trains nothing
 
 
-def update(
-    accelerator,
-    model,
-    reference,
-    optimizer,
-    rows: list[Row],
-    tokens: float,
-    sampling: Sampling,
-    epsilon=0.2,
-    beta=0.04,
-    num_updates=1,
-    max_grad_norm=5.0,
-    at_once=0,
-    stand_in: dict | None = None,
-) -> dict[str, float]:
-    """μ = `num_updates` optimizer steps on one batch of rollouts; π_old is π_θ before the first.
-    `model` and `optimizer` are the accelerator's. `tokens`: how many of weight 1 there are on all
-    processes. `at_once`: rollouts in a forward and backward, 0 for all; their gradients add up.
-    `stand_in` (sharded parameters): a prompt of every modality, added with weight 0, so that ranks
-    make equal calls. Returns this process's parts, to be summed, of `loss` and the token means
-    `kl`, `clipped`; `grad_norm`; and `logp_gap`, how far log-probs sampled and scored differ."""
-    # Where A_i = 0 and β = 0 there is no gradient; every process leaves out as many rows.
-    rows = sorted(rows, key=lambda row: row.advantage == 0)
-    idle = sum(row.advantage == 0 and beta == 0 for row in rows)
-    rows = rows[: max(1, len(rows) - min(gather_object([idle])))]
-    size, old, ref = at_once or len(rows), {}, {}
-    extra = [
-        Row(stand_in, stand_in, c._replace(ids=c.ids[:1]), 0.0, 0.0)
-        for c in [rows[0].completion]
-        if stand_in is not None
-    ]
-    for _ in range(num_updates):
+class Batch(NamedTuple):
+    prompts: dict[int, dict]  # distinct ones, by number
+    episodes: list[Episode]
+    total_tokens: float  # Σ|τ̂_i|: those of weight 1, on all ranks
+    stand_in: dict | None = None  # sharded: of every modality, in each forward, for equal calls
+
+
+def update(accelerator, model, optimizer, batch, sampling, objective, reference=None) -> dict:
+    """`num_updates` optimizer steps on a `Batch`; `model`, `optimizer` are the accelerator's.
+
+    Returns this rank's part of `loss` and of the token means `kl` and `clipped`, which add up;
+    `grad_norm`; and `logp_gap`, how far log-probs as sampled and as scored differ at most.
+    """
+
+    def score(policy, portion: list[Episode]) -> tuple[Tensor, Tensor]:
+        with accelerator.autocast():
+            return batched_logps(policy, prompts, portion, sampling, objective.row_tokens)
+
+    prompts, portions = in_portions(batch, objective)
+    old_logps, ref_logps, gap = [], [None] * len(portions), 0.0
+    if reference is not None:
+        with torch.no_grad(), adapters_off(reference):
+            ref_logps = [score(reference, portion)[0] for portion in portions]
+
+    for iteration in range(objective.num_updates):
         figures = Counter()
-        for k in range(0, len(rows), size):
-            trunks, prompts, completions, advantages, weights = zip(*rows[k : k + size], *extra)
-            ids = [completion.ids for completion in completions]
-            with accelerator.autocast():
-                logps, mask = token_logps(model, prompts, ids, sampling, trunks)  # (B, T)
-            advantages, weights = (logps.new_tensor(values) for values in (advantages, weights))
-            mask, now = mask * weights[:, None], logps.detach()
-            if k not in old and reference is not None:
-                with torch.no_grad(), accelerator.autocast():
-                    ref[k] = token_logps(reference, prompts, ids, sampling, trunks)[0]
-            old.setdefault(k, now)
-            loss = grpo_loss(logps, old[k], ref.get(k), advantages, mask, tokens, epsilon, beta)
-            # Parts over the global token count are to be summed; DDP averages over processes.
+        for k, portion in enumerate(portions):
+            logps, mask = score(model, portion)  # each (B, T)
+            if iteration == 0:
+                old_logps.append(logps.detach())  # π_old is π_θ before the first update
+                gap = max(gap, sampling_gap(portion, old_logps[k], mask))
+            advantages = logps.new_tensor([episode.advantage for episode in portion])
+            terms = (logps, old_logps[k], ref_logps[k], advantages, mask, batch.total_tokens)
+            loss = grpo_loss(*terms, epsilon=objective.epsilon, beta=objective.beta)
+            # Parts over the global token count are to be summed; DDP averages over ranks.
             accelerator.backward(loss * accelerator.num_processes)
-            d, ratio = ref.get(k, now) - now, (now - old[k]).exp()
-            means = {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
-            figures.update(
-                {name: ((value * mask).sum() / tokens).item() for name, value in means.items()}
-                | {"loss": loss.item()}
-            )
-        norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            figures.update(loss=loss.item(), **measure(*terms, epsilon=objective.epsilon))
+        norm = accelerator.clip_grad_norm_(model.parameters(), objective.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    gap = max(
-        (row.completion.logps - logp[: len(row.completion.ids)]).abs().max().item()
-        for k, logps in old.items()
-        for row, logp in zip(rows[k : k + size], logps)
-    )
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
+
+
+def in_portions(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
+    """The prompts, and the episodes in portions of `rollouts_at_once`, whose gradients add up.
+
+    At A_i = 0 and β = 0 there is no gradient: every rank leaves out equally many such episodes.
+    """
+    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)
+    idle = sum(episode.advantage == 0 and objective.beta == 0 for episode in episodes)
+    episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
+    episodes.sort(key=attrgetter("question", "prompt"))  # what can share a row stands together
+    size = objective.rollouts_at_once or len(episodes)
+    portions = [episodes[start : start + size] for start in range(0, len(episodes), size)]
+    if batch.stand_in is None:
+        return batch.prompts, portions
+    extra = episodes[0]._replace(question=-1, prompt=-1, advantage=0.0, weight=0.0)
+    return {**batch.prompts, -1: batch.stand_in}, [[*portion, extra] for portion in portions]
+
+
+def measure(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon) -> dict:
+    """This portion's part of the token means of KL (k3), and of r_t outside 1 ± ε."""
+    d = torch.zeros_like(old_logps) if ref_logps is None else ref_logps - logps.detach()
+    outside = ((logps.detach() - old_logps).exp() - 1).abs() > epsilon
+    values = {"kl": d.exp() - d - 1, "clipped": outside}
+    return {name: ((x * mask).sum() / max(total_tokens, 1)).item() for name, x in values.items()}
+
+
+def sampling_gap(portion: list[Episode], logps: Tensor, mask: Tensor) -> float:
+    sampled = pad_sequence([episode.sampled_logps for episode in portion], batch_first=True)
+    return ((sampled - logps) * mask).abs().max().item()
+
+
+@contextmanager
+def adapters_off(model):
+    """With LoRA, π_ref is the policy without its adapters. No effect on a model that has none."""
+    has_adapters = getattr(model, "_hf_peft_config_loaded", False)
+    if has_adapters:
+        model.disable_adapters()
+    yield
+    if has_adapters:
+        model.enable_adapters()
+
+
+# --- what a prompt is to the functions above ---
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
+
+
+def join(parts: list[dict], dim: int) -> dict:
+    """Tokens joined along `dim` (−1: one after another; −2: as rows), pixels one after another."""
+    joined = {}
+    for key in {key: None for part in parts for key in part}:
+        values = [part[key] for part in parts if key in part]
+        joined[key] = torch.cat(values, dim if key in PER_TOKEN else 0)
+    return joined
+
+
+def left_pad(prompts: list[dict], pad_id: int) -> dict:
+    """Prompts as rows (B, L) that all end at the right edge."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    padded = []
+    for prompt in prompts:
+        missing = (longest - prompt["input_ids"].shape[1], 0)
+        tokens = {key: pad(prompt[key], missing) for key in PER_TOKEN if key in prompt}
+        padded.append(prompt | tokens)
+    batch = join(padded, -2)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad_id)
+    return batch
+
+
+def extend(prompt: dict, ids: Tensor) -> dict:
+    """A prompt, and a completion's tokens (T,) after it."""
+    ones = torch.ones_like(ids)[None]
+    text = {
+        "input_ids": ids[None],
+        "attention_mask": ones,
+        "mm_token_type_ids": 0 * ones,
+        "position_ids": prompt["position_ids"][..., -1:] + ones.cumsum(1),
+    }
+    return join([prompt, {key: text[key] for key in PER_TOKEN if key in prompt}], -1)
+
+
+def part_of(prompt: dict, start: int, stop: int | None, above: dict) -> dict:
+    """A prompt's tokens from `start` to `stop`, and its pixels after those that `above` has."""
+    part = {}
+    for key, value in prompt.items():
+        value = value[..., start:stop] if key in PER_TOKEN else value[len(above.get(key, ())) :]
+        if key in PER_TOKEN or len(value):
+            part[key] = value
+    return part
+
+
+# --- many completions at once: those of a group share a row ---
+#
+# One by one, eight completions of a question read its video eight times. In a row it stands once.
+# The row is a tree of segments, and a token sees the path that leads to it, up to itself:
+#
+#              q  c  τ1 τ2 τ3     q   the question, its video included, but for its last token
+#         q    ◣                  c   what a patched prompt has after what the two begin with
+#         c    ■  ◣               τ   a leaf: the last token of its prompt, and the completion but
+#         τ1   ■     ◣                for its last; so the logits here are those of its tokens
+#         τ2   ■  ■     ◣         τ1 answers q; τ2 and τ3 answer q with c. Positions are explicit,
+#         τ3   ■  ■        ◣      so τ3 does not feel that τ2 stands before it.
+class Row:
+    """Segments, the path of columns that each one's tokens see, and the columns of the leaves."""
+
+    def __init__(self):
+        self.segments, self.paths, self.leaves, self.length = [], [], [], 0
+
+    def add(self, segment: dict, above: Tensor) -> Tensor:
+        """Put a segment below the columns `above`; returns the path that ends with it."""
+        start = self.length
+        self.length += segment["input_ids"].shape[1]
+        path = torch.cat([above, torch.arange(start, self.length)])
+        self.segments.append(segment)
+        self.paths.append(path)
+        return path
+
+
+def build_row(prompts: dict, episodes: list[Episode]) -> Row:
+    """The tree of episodes of one group."""
+    alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
+    number = episodes[0].prompt if alike else episodes[0].question
+    row, root = Row(), prompts[number]
+    paths = {number: row.add(part_of(root, 0, -1, above={}), torch.arange(0))}
+    for episode in episodes:
+        prompt = prompts[episode.prompt]
+        if episode.prompt not in paths:
+            length = min(root["input_ids"].shape[1], prompt["input_ids"].shape[1]) - 1
+            same = root["input_ids"][0, :length] == prompt["input_ids"][0, :length]
+            shared = int(same.cumprod(0).sum())
+            own = part_of(prompt, shared, -1, above=root)
+            paths[episode.prompt] = row.add(own, paths[number][:shared])
+        last = prompt["input_ids"].shape[1] - 1
+        leaf = part_of(extend(prompt, episode.ids[:-1]), last, None, above=prompt)
+        path = row.add(leaf, paths[episode.prompt])
+        row.leaves.append(path[-len(episode.ids) :])
+    return row
+
+
+def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) -> list[Row]:
+    """A row a group if it has at most `row_tokens` columns (the mask has their square), else a row
+    a prompt, else an episode. They share only where every layer attends to all, by any mask."""
+    text = getattr(model, "module", model).config.get_text_config()
+    layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
+    if text._attn_implementation != "sdpa" or len(layers) > 1:
+        row_tokens = 0
+    rows = []
+    for _, group in groupby(episodes, attrgetter("question")):
+        group = list(group)
+        by_prompt = [list(same) for _, same in groupby(group, attrgetter("prompt"))]
+        for way in ([group], by_prompt, [[episode] for episode in group]):
+            planned = [build_row(prompts, some) for some in way]
+            if max(row.length for row in planned) <= row_tokens:
+                break
+        rows += planned
+    return rows
+
+
+def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
+    """Rows as a batch of inputs (R, N), and which of its tokens are of leaves (R, N)."""
+    batch = left_pad([join(row.segments, -1) for row in rows], pad_id)
+    length, device = batch["input_ids"].shape[1], batch["input_ids"].device
+    sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)
+    leaf = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+    for k, row in enumerate(rows):
+        for path in row.paths:
+            path = path.to(device) + length - row.length
+            sees[k, path[:, None], path] = path[:, None] >= path
+        leaf[k, torch.cat(row.leaves) + length - row.length] = True
+    if any(len(row.leaves) > 1 for row in rows):
+        batch["attention_mask"] = sees[:, None]  # else plain causal, for any attention kernel
+    return batch, leaf
+
+
+def batched_logps(
+    model, prompts: dict, episodes: list[Episode], sampling: Sampling, row_tokens=8192
+) -> tuple[Tensor, Tensor]:
+    """`completion_logps` of many: `logps, mask`, each (B, T); the mask is an episode's weight."""
+    for module in model.modules():  # checkpointing needs training mode, dropout must stay off
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    batch, leaf = stack_rows(plan_rows(model, prompts, episodes, row_tokens), sampling.pad_id)
+    logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
+    # In chunks that are computed again backward: all logits in fp32 would be large.
+    chunks = zip(logits.split(1024), torch.cat([e.ids for e in episodes]).split(1024))
+    flat = [checkpoint(chosen_logps, *chunk, sampling, use_reentrant=False) for chunk in chunks]
+    logps = torch.cat(flat).split([len(episode.ids) for episode in episodes])
+    mask = [torch.full_like(row, episode.weight) for row, episode in zip(logps, episodes)]
+    return pad_sequence(logps, batch_first=True), pad_sequence(mask, batch_first=True)

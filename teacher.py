@@ -7,6 +7,7 @@ A conversation is OpenAI chat messages, pictures as JPEG in data URLs. FFR §Fin
 
 import base64
 import json
+import os
 import re
 import threading
 import time
@@ -16,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import mktime_tz, parsedate_tz
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import transformers
 from huggingface_hub import InferenceClient
 from PIL import Image
 
@@ -404,3 +407,34 @@ def local(model, processor, max_tokens: int = 2048) -> Chat:
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
     return chat
+
+
+def load_teacher(c, device, gate: Gate, scripted: Chat) -> Callable:
+    """`diagnose` with the brain that settings `c` name. Raises ValueError where none answers."""
+    kind, name, most = c.teacher, c.teacher_model, c.teacher_max_tokens
+    chat = scripted if kind == "scripted" else None
+    if kind == "local":
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+        chat = local(model.to(c.teacher_device or device).eval(), processor, most)
+    elif kind == "remote" and c.teacher_url:
+        key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
+        chat = remote(c.teacher_url, name, key, most)
+        (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)
+        if isinstance(said, TeacherError):
+            raise ValueError(
+                f"no teacher '{name}' at {c.teacher_url} ({said}); "
+                "without --teacher_url a --teacher_cache is replayed"
+            )
+    return partial(
+        diagnose,
+        chat=chat,
+        gate=gate,
+        show_answer=c.teacher_sees_answer,
+        num_frames=c.num_frames,
+        timeout=c.teacher_timeout,
+        step_timeout=c.teacher_step_timeout,
+        workers=c.teacher_workers if kind == "remote" else 0,
+        cache=c.teacher_cache if kind != "scripted" else "",
+        brain=repr((kind, name, most)),
+    )

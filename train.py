@@ -19,7 +19,12 @@ from typing import Annotated, Literal, get_args
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    fsdp_utils,
+    gather_object,
+)
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -27,6 +32,8 @@ import data
 import ffr
 import grpo
 import teacher
+from data import pick
+from reward import accuracy, describe, gate, summarize, summarize_run
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Config:
     prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = ffr.PROMPT
     precision: Annotated[Literal["auto", "bf16", "fp32"], "auto: bf16 autocast on a GPU"] = "auto"
     attention: Annotated[str, "empty: transformers' choice; paper: flash_attention_2"] = ""
+    lora_rank: Annotated[int, "train adapters of this rank, peft's LoRA; 0: all weights (ours)"] = 0
     gradient_checkpointing: Annotated[bool, "less memory, a second forward (ours)"] = False
     freeze_vision: Annotated[bool, "leave the vision tower as it is (ours)"] = False
     num_frames: Annotated[int, "frames of the video that the student sees"] = 16
@@ -70,6 +78,7 @@ class Config:
     temperature: Annotated[float, "of sampling, and so of the policy that is trained"] = 1.0
     top_p: Annotated[float, "nucleus of sampling"] = 0.95
     rollouts_at_once: Annotated[int, "per forward and backward, for memory; 0: all (ours)"] = 0
+    row_tokens: Annotated[int, "the most in a row that a group's rollouts share (ours)"] = 8192
     beta: Annotated[float, "β, weight of KL(π_θ ‖ π_ref); 0 loads no reference model"] = 0.04
     epsilon: Annotated[float, "ε of the clip (ours: the paper names none)"] = 0.2
     scale_rewards: Annotated[Literal["group", "batch", "none"], "std of the advantages"] = "group"
@@ -107,19 +116,12 @@ TINY = dict(
     questions_per_device=4,
     max_steps=400,
 )
+HELLO = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
-FREE = (
-    "versions",
-    "resume",
-    "out",
-    "save_steps",
-    "keep_checkpoints",
-    "teacher_url",
-    "teacher_device",
-    "teacher_workers",
-    "teacher_timeout",
-    "teacher_step_timeout",
-)
+# May differ when a run is resumed.
+FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url"} | {
+    f"teacher_{name}" for name in ("device", "workers", "timeout", "step_timeout")
+}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -166,56 +168,100 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
+def load_policy(name: str, attention="", freeze_vision=False, lora_rank=0) -> tuple:
+    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
+    round updates of 5e-6 away. Raises ValueError, one sentence, where it cannot be trained."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=attention or None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        opening = processor.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
+        vision = model.get_encoder("video")
+        vision.requires_grad_(not freeze_vision)
+        if lora_rank:
+            add_adapters(model, lora_rank)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
+
+    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    for refused, why in [
+        (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
+        (not hasattr(processor, "video_processor"), "no video processor; save one there"),
+        (
+            opening.rstrip().endswith("<think>"),
+            "its chat template opens <think> itself, take that out of it",
+        ),
+        (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
+    ]:
+        if refused:
+            raise ValueError(f"{name}: {why}")
+    if hasattr(processor.image_processor, "crop_to_patches"):
+        # InternVL's default adds a dozen enlarged crops to each picture, whatever its size.
+        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+    return model, processor
+
+
+def add_adapters(model, rank: int) -> None:
+    """Freeze the model, and put trainable adapters (LoRA) beside the linear parts of its text
+    layers. They begin at 0: the policy is as it was until the first update."""
+    from peft import LoraConfig
+
+    names = {module: name for name, module in model.named_modules()}
+    parts = model.get_decoder().modules()
+    linear = [names[part] for part in parts if isinstance(part, torch.nn.Linear)]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear))
+
+
+def reference_policy(c: Config, accelerator, model):
+    """π_ref, the policy before training: None at β = 0; with adapters the model itself, called
+    without them; else a frozen copy. `model` is not yet the accelerator's."""
+    if c.beta == 0:
+        return None
+    if c.lora_rank:
+        return model
+    reference = deepcopy(model).eval().requires_grad_(False)
+    if accelerator.is_fsdp2:
+        return fsdp_utils.fsdp2_prepare_model(accelerator, reference)
+    if accelerator.mixed_precision == "bf16":
+        ffr.store_linears_in_bf16(reference)
+    return reference
+
+
 def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, processor = grpo.load_policy(
-        c.model, c.attention, c.gradient_checkpointing, c.freeze_vision
-    )
-    sampling = grpo.sampling_for(model, processor, c.temperature, c.top_p, c.max_completion_length)
-    synced = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
-    return ffr.Student(model.to(accelerator.device), processor, sampling, c, synced)
+    model, processor = load_policy(c.model, c.attention, c.freeze_vision, c.lora_rank)
+    if c.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if c.lora_rank and accelerator.mixed_precision == "bf16":
+        ffr.store_linears_in_bf16(model)
+    settings = (c.temperature, c.top_p, c.max_completion_length)
+    sampling = grpo.Sampling(*settings, **ffr.token_ids(model, processor))
+    return ffr.Student(model.to(accelerator.device), processor, sampling, c)
 
 
 def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | None:
     """The brain that the settings name, inside the protocol of teacher.py."""
     if c.method == "grpo" or c.eval_only:  # at test time there is no teacher
         return None
-    chat, kind, name, most = None, c.teacher, c.teacher_model, c.teacher_max_tokens
     Path(c.teacher_cache or c.out).mkdir(parents=True, exist_ok=True)  # or say so now
-    if kind == "scripted":
-        found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
-        if not found:
-            raise SystemExit(
-                "train.py: no record has 'evidence' for --teacher scripted to look "
-                "up; take local or remote"
-            )
-        chat = data.scripted({i: e if isinstance(e, list) else [e] for i, e in found.items()})
-    elif kind == "local":
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        chat = teacher.local(model.to(c.teacher_device or device).eval(), processor, most)
-    elif kind == "remote" and c.teacher_url:
-        key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
-        chat = teacher.remote(c.teacher_url, name, key, most)
-        (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)
-        if isinstance(said, teacher.TeacherError):
-            raise SystemExit(
-                f"train.py: no teacher '{name}' at {c.teacher_url} ({said}); "
-                "without --teacher_url a --teacher_cache is replayed"
-            )
-    return partial(
-        teacher.diagnose,
-        chat=chat,
-        gate=ffr.gate,
-        show_answer=c.teacher_sees_answer,
-        num_frames=c.num_frames,
-        timeout=c.teacher_timeout,
-        step_timeout=c.teacher_step_timeout,
-        workers=c.teacher_workers if kind == "remote" else 0,
-        cache=c.teacher_cache if kind != "scripted" else "",
-        brain=repr((kind, name, most)),
-    )
+    found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
+    if c.teacher == "scripted" and not found:
+        raise SystemExit(
+            "train.py: no record has 'evidence' for --teacher scripted to look up; "
+            "take local or remote"
+        )
+    evidence = {name: e if isinstance(e, list) else [e] for name, e in found.items()}
+    try:
+        return teacher.load_teacher(c, device, gate, data.scripted(evidence))
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from error
 
 
 def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
@@ -227,24 +273,23 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
     model = student.model
     optimizer = torch.optim.AdamW(model.parameters(), c.learning_rate, weight_decay=c.weight_decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
-    reference = deepcopy(model).eval().requires_grad_(False) if c.beta > 0 else None
+    reference = reference_policy(c, accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
-    student.model = accelerator.unwrap_model(model)
+    # Else accelerate casts all logits to fp32 at once; `grpo.chosen_logps` does so in chunks.
+    student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.register_for_checkpointing(scheduler)
     saved = max(Path(c.out, "checkpoints").glob("[0-9]*"), default=None) if c.resume else None
     if saved:
         accelerator.load_state(str(saved))
+    names = grpo.Objective.__dataclass_fields__
+    objective = grpo.Objective(**{name: getattr(c, name) for name in names})
     done, metrics_file = int(saved.name) if saved else 0, Path(c.out, "metrics.jsonl")
-    history = ffr.read_rows(accelerator, metrics_file, done)
-    for step in (
-        bar := tqdm(
-            range(done, steps),
-            total=steps,
-            initial=done,
-            disable=not accelerator.is_main_process,
-            bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]",
-        )
-    ):
+    history = data.read_rows(metrics_file, done) if accelerator.is_main_process else []
+    history = broadcast_object_list([history])[0]
+    shape = "step {n} of {total} [{elapsed}<{remaining}{postfix}]"
+    quiet = not accelerator.is_main_process
+    bar = tqdm(range(done, steps), total=steps, initial=done, disable=quiet, bar_format=shape)
+    for step in bar:
         began = time.time()
         # One round: G rollouts per question, failures repaired, τ̂ chosen
         questions = ffr.open_questions(student, pick(samples, step, c, accelerator), spare)
@@ -255,31 +300,18 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
                 student, questions, c.num_rollouts, ask, c.kappa, c.lam, (c.seed, step)
             )
         chosen = [(q, r) for q, group in zip(questions, groups) for r in group]
-        rows = gather_object([ffr.describe(q, r) for q, r in chosen if q.counts])
+        rows = gather_object([describe(q, r) for q, r in chosen if q.counts])
         # A_i within each group; the rows, and so the batch's std, are of all processes
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
         std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
         advantages = grpo.group_advantages(rewards, c.scale_rewards, std).flatten().tolist()
         # J(θ) on the chosen rollouts' own tokens, under their own prompts
-        trained = [
-            grpo.Row(r.first.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
-            for (q, r), a in zip(chosen, advantages)
-        ]
         middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
+        prompts, trained = ffr.episodes(questions, groups, advantages)
+        stand_in = ffr.stand_in(student, spare) if grpo.is_sharded(model) else None
+        batch = grpo.Batch(prompts, trained, tokens, stand_in)
         figures = grpo.update(
-            accelerator,
-            model,
-            reference,
-            optimizer,
-            trained,
-            tokens,
-            student.sampling,
-            c.epsilon,
-            c.beta,
-            c.num_updates,
-            c.max_grad_norm,
-            c.rollouts_at_once,
-            ffr.stand_in(student, spare) if student.synced else None,
+            accelerator, model, optimizer, batch, student.sampling, objective, reference
         )
         scheduler.step()
         repaired = sum(a for (_, r), a in zip(chosen, advantages) if r.failed)
@@ -290,12 +322,12 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
             **{f"teacher_{name}": count for name, count in spent.items()},
             "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1),
         }
-        metrics = {"step": step + 1} | ffr.summarize(rows, gather_object([figures]))
+        metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
         history.append(metrics)
-        ffr.add_rows(accelerator, metrics_file, [metrics])
-        shown = len([*Path(c.out, "repairs").glob("*.txt")])
-        if accelerator.is_main_process and shown * steps <= 8 * step:  # 8 in a run
-            ffr.show_repair(c, questions, groups, step + 1)
+        if accelerator.is_main_process:
+            data.add_rows(metrics_file, [metrics])
+            if len([*Path(c.out, "repairs").glob("*.txt")]) * steps <= 8 * step:  # 8 in a run
+                ffr.show_repair(c, questions, groups, step + 1)
         bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
         if (step + 1) % c.save_steps == 0 or step + 1 == steps:
             save_checkpoint(accelerator, c, step + 1)
@@ -304,16 +336,6 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
         student.model.save_pretrained(f"{c.out}/model", state_dict=weights)
         student.processor.save_pretrained(f"{c.out}/model")
     return history
-
-
-def pick(samples, step: int, c: Config, accelerator) -> list[data.Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
-    count = c.questions_per_device
-    epoch, k = divmod(step, len(samples) // (count * accelerator.num_processes))
-    shuffle = torch.Generator().manual_seed(c.seed * 1000 + epoch)
-    order = torch.randperm(len(samples), generator=shuffle).tolist()
-    start = (k * accelerator.num_processes + accelerator.process_index) * count
-    return [samples[i] for i in order[start : start + count]]
 
 
 def save_checkpoint(accelerator, c: Config, step: int) -> None:
@@ -358,20 +380,6 @@ def open_run(c: Config, processes: int) -> None:
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
-    groups, table = {"all": rows}, {}
-    for name, row in ((f"{kind} {row[kind]}", row) for row in rows for kind in ("type", "source")):
-        groups.setdefault(name, []).append(row)
-    for name, group in groups.items():
-        n, z = max(len(group), 1), 1.96
-        share = sum(row["unaided"] for row in group) / n
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
-    return table
-
-
 def main() -> None:
     c, began = parse(sys.argv[1:]), time.time()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -382,6 +390,10 @@ def main() -> None:
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED") and not accelerator.is_fsdp2:
+        raise SystemExit(
+            "train.py: parameters are sharded by FSDP2 only: --use_fsdp --fsdp_version 2"
+        )
     if cpu:  # the launchers leave one thread to each process
         torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
     try:
@@ -402,13 +414,7 @@ def main() -> None:
         samples = data.load_samples(c.data, c.video_root, c.skip)
         held_out = c.eval_data and data.load_samples(c.eval_data, c.video_root) or []
         if accelerator.is_main_process:
-            seen = data.look_at(list({sample.path: 0 for sample in samples + held_out}))
-            broken = [fact for fact in seen.values() if isinstance(fact, data.DataError)]
-            if broken:
-                raise data.DataError(
-                    f"{broken[0]} ({len(broken)} such; "
-                    f"`python data.py {c.data}` lists them for --skip)"
-                )
+            data.refuse_broken(samples + held_out, c.data)
         student = load_student(c, accelerator)
         teach = load_teacher(c, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
@@ -422,24 +428,7 @@ def main() -> None:
         before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
         history = train(c, accelerator, student, samples, teach, spare)
         after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
-        third = max(len(history) // 3, 1)  # of the steps
-        parts = {
-            "unaided_before": before,
-            "unaided_after": after,
-            "assisted_after": after,
-            "failure_first": history[:third],
-            "failure_last": history[-third:],
-            "intervention_first": history[:third],
-            "intervention_last": history[-third:],
-        }
-        figures = {
-            name: sum(row[name.split("_")[0]] for row in rows) / len(rows) if rows else None
-            for name, rows in parts.items()
-        }
-        repairs = max(sum(row["intervention"] for row in history), 1e-9)
-        figures |= {
-            "fix_rate": sum(r["fix"] * r["intervention"] for r in history) / repairs,
-            "teacher_failures": sum(row["teacher_failures"] for row in history),
+        figures = summarize_run(before, after, history) | {
             "seconds": round(time.time() - began, 1),
             "seed": c.seed,
             "method": c.method,

@@ -24,6 +24,7 @@ from cold_start import needle_rationale, needle_texts, tiny_policy  # noqa: E402
 import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
+import reward  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 from reward import leak  # noqa: E402
@@ -96,7 +97,7 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
             chat, tokenize=False, add_generation_prompt=True
         )
         inputs = dict(student.processor(text=[text], return_tensors="pt"))
-        return grpo.with_positions(student.model, inputs)
+        return ffr.with_positions(student.model, inputs)
 
     tokenizer, rng = student.processor.tokenizer, random.Random(SEED)
     pairs = [
@@ -106,13 +107,14 @@ def answered(student: ffr.Student, trained: list, tested: list) -> float:
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         prompts, ids = zip(*rng.sample(pairs, 32))
-        logps, mask = grpo.token_logps(student.model, [*prompts], [*ids], student.sampling)
+        episodes = [grpo.Episode(k, k, own) for k, own in enumerate(ids)]
+        logps, mask = grpo.batched_logps(student.model, prompts, episodes, student.sampling)
         (-(logps * mask).sum() / mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    read = grpo.prefill(student.model, [encode(text) for text, _ in tested], student.sampling)
-    done = grpo.generate(student.model, read, [0] * len(tested), student.sampling)
-    said = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in done]
+    prompts, seeds = [encode(text) for text, _ in tested], [[0]] * len(tested)
+    done = grpo.generate(student.model, prompts, seeds, student.sampling)
+    said = [tokenizer.decode(c.ids, skip_special_tokens=True).strip() for (c,) in done]
     return sum(a == b for a, (_, b) in zip(said, tested)) / len(tested)
 
 
@@ -120,9 +122,9 @@ def blind_probe() -> dict:
     shares, no_gate = {}, lambda patch, case: None
     conditions = {
         "question_alone": None,
-        "patch": (False, ffr.gate),
+        "patch": (False, reward.gate),
         "leaking_teacher": (True, no_gate),
-        "leaking_teacher_gated": (True, ffr.gate),
+        "leaking_teacher_gated": (True, reward.gate),
     }
     with tempfile.TemporaryDirectory() as folder:
         samples = data.load_samples(data.needle_videos(f"{folder}/n", TRAINED + TESTED, SEED + 70))

@@ -40,6 +40,7 @@ from cold_start import cold_start, needle_rationale  # noqa: E402
 import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
+import reward  # noqa: E402
 import train  # noqa: E402
 from teacher import TeacherError  # noqa: E402
 
@@ -217,7 +218,7 @@ def learn(job: tuple) -> dict:
     held_out = data.load_samples(str(folder / "held_out/records.jsonl"))
     teach = train.load_teacher(replace(config, method="ffr"), samples + held_out, None)
     teach = partial(teach, num_frames=2)  # a scripted brain does not look at them
-    gate = (lambda patch, case: None) if arm == "leaking teacher" else ffr.gate
+    gate = (lambda patch, case: None) if arm == "leaking teacher" else reward.gate
 
     def open_questions(_, asked: list, spare=None) -> list:  # each video is decoded once a run
         for sample in asked:
@@ -263,9 +264,9 @@ def learn(job: tuple) -> dict:
             truths = [q.sample.truth for q in asked]
             said = [needle_rationale(t, t["cue"], t["look"]) for t in truths]
             ids = [torch.tensor(tokenizer.encode(text + tokenizer.eos_token)) for text in said]
-            logps, mask = grpo.token_logps(
-                student.model, [q.prompt for q in asked], ids, student.sampling
-            )
+            episodes = [grpo.Episode(k, k, own) for k, own in enumerate(ids)]
+            prompts = [q.prompt for q in asked]
+            logps, mask = grpo.batched_logps(student.model, prompts, episodes, student.sampling)
             (-(logps * mask).sum() / mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -294,7 +295,7 @@ def learn(job: tuple) -> dict:
             questions[0],
         )
     except Spent:
-        final = measure(student, questions, partial(teach, gate=ffr.gate))
+        final = measure(student, questions, partial(teach, gate=reward.gate))
     third = max(len(rates) // 3, 1)
     repairs = sum(row[0] for row in rates) * QUESTIONS * config.num_rollouts
     return final | {

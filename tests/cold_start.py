@@ -181,7 +181,8 @@ def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
         texts = [tokenizer.encode(write() + tokenizer.eos_token) for write in writers]
         ids = [torch.tensor(text, device=accelerator.device) for text in texts]
-        logps, mask = grpo.token_logps(student.model, list(prompts), ids, student.sampling)
+        episodes = [grpo.Episode(k, k, tokens) for k, tokens in enumerate(ids)]
+        logps, mask = grpo.batched_logps(student.model, list(prompts), episodes, student.sampling)
         loss = -(logps * mask).sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)

@@ -20,6 +20,8 @@ from cold_start import needle_texts, tiny_policy  # noqa: E402
 
 import data  # noqa: E402
 import ffr  # noqa: E402
+import grpo  # noqa: E402
+import reward  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 
@@ -35,6 +37,20 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def sampled(student, prompts, seeds, sampling=None):
+    """A completion of each prompt, from a seed of its own."""
+    groups = grpo.generate(
+        student.model, prompts, [[seed] for seed in seeds], sampling or student.sampling
+    )
+    return [completion for (completion,) in groups]
+
+
+def scored(model, prompts, ids, sampling):
+    """`logps, mask` of a completion of each prompt, in rows of their own."""
+    episodes = [grpo.Episode(k, k, tokens) for k, tokens in enumerate(ids)]
+    return grpo.batched_logps(model, prompts, episodes, sampling)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +125,7 @@ def questions(student, samples):
 def teach(samples):
     """The scripted teacher inside the whole protocol."""
     chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
-    return lambda cases, **more: teacher.diagnose(cases, chat, ffr.gate, **more)
+    return lambda cases, **more: teacher.diagnose(cases, chat, reward.gate, **more)
 
 
 @pytest.fixture

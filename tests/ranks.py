@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
+import reward  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 
@@ -38,21 +39,15 @@ def injected(student, questions):
         student, questions[-1], teacher.EvidencePatch("temporal", "", [3], [(3, 4)])
     )
     noise = torch.Generator().manual_seed(1)
-    rows = []
-    for q, question in enumerate(questions):
+    episodes = []
+    for q in range(len(questions)):
         for g in range(3):
             ids = torch.randint(5, 60, (1 + 3 * q + g,), generator=noise)
-            prompt = patched if q == len(questions) - 1 and g else question.prompt
+            prompt = len(questions) if q == len(questions) - 1 and g else q
             zeros = torch.zeros(len(ids))
-            rows.append(
-                grpo.Row(
-                    question.prompt,
-                    prompt,
-                    grpo.Completion(ids, zeros, zeros, True),
-                    float(q * g - 1.5),
-                )
-            )
-    return rows
+            episodes.append(grpo.Episode(q, prompt, ids, zeros, float(q * g - 1.5)))
+    prompts = [*(question.prompt for question in questions), patched]
+    return dict(enumerate(prompts)), episodes
 
 
 class Keep:
@@ -74,9 +69,12 @@ def gradient(folder, out, *names):
     for name in names:
         accelerator, student, samples = setup(folder)
         reference = deepcopy(student.model)
-        rows = injected(student, [ffr.open_question(student, s) for s in samples[:4]])
-        share = len(rows) // accelerator.num_processes
-        mine = rows[accelerator.process_index * share :][:share]
+        prompts, episodes = injected(student, [ffr.open_question(student, s) for s in samples[:4]])
+        share = len(episodes) // accelerator.num_processes
+        mine = episodes[accelerator.process_index * share :][:share]
+        tokens = sum(len(episode.ids) for episode in episodes)
+        batch = grpo.Batch(prompts, mine, tokens)
+        objective = grpo.Objective(max_grad_norm=1e9)
         parameters, model = [*student.model.parameters()], accelerator.prepare(student.model)
         optimizer = {
             "keep": lambda: Keep(student.model),
@@ -86,14 +84,7 @@ def gradient(folder, out, *names):
         figures = []
         for _ in range(1 if name == "keep" else 20):
             own = grpo.update(
-                accelerator,
-                model,
-                reference,
-                optimizer,
-                mine,
-                sum(len(row.completion.ids) for row in rows),
-                student.sampling,
-                max_grad_norm=1e9,
+                accelerator, model, optimizer, batch, student.sampling, objective, reference
             )
             parts = train.gather_object([own])
             figures.append([sum(part[k] for part in parts) for k in ("loss", "kl")])
@@ -109,7 +100,7 @@ def gradient(folder, out, *names):
 def lopsided_step(accelerator, student, samples, model, optimizer):
     """One round and update as with sharded parameters: rank 1's teacher helps; rank 0's raises on
     every call, and one of rank 0's records does not open. Returns rollouts and figures."""
-    student, rank = replace(student, synced=True), accelerator.process_index
+    rank = accelerator.process_index
     chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
     brain = chat if rank else raising
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
@@ -119,28 +110,16 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
         student,
         questions,
         2,
-        lambda cases: teacher.diagnose(cases, brain, ffr.gate),
+        lambda cases: teacher.diagnose(cases, brain, reward.gate),
         0.3,
         0.1,
         (0, 0),
     )
     rollouts = [r for group in groups for r in group]
-    rows = [
-        grpo.Row(q.prompt, r.prompt, r.completion, a * q.counts, float(q.counts))
-        for q, group in zip(questions, groups)
-        for r, a in zip(group, (1.0, -1.0))
-    ]
-    figures = grpo.update(
-        accelerator,
-        model,
-        None,
-        optimizer,
-        rows,
-        50,
-        student.sampling,
-        beta=0.0,
-        stand_in=ffr.stand_in(student, questions[0]),
-    )
+    prompts, episodes = ffr.episodes(questions, groups, [1.0, -1.0] * len(questions))
+    batch = grpo.Batch(prompts, episodes, 50, ffr.stand_in(student, questions[0]))
+    objective = grpo.Objective(beta=0.0)
+    figures = grpo.update(accelerator, model, optimizer, batch, student.sampling, objective)
     return rollouts, figures
 
 
@@ -149,7 +128,8 @@ def raising(talks, seconds):
 
 
 def calls(folder, out):
-    """What each rank calls in a lopsided step."""
+    """What each rank calls in a lopsided step, as if parameters were sharded."""
+    grpo.is_sharded = ffr.is_sharded = lambda model: True
     accelerator, student, samples = setup(folder)
     counts, keep = Counter(), Keep(student.model)
     student.model.model.visual.register_forward_hook(lambda *_: counts.update(vision=1))
@@ -182,7 +162,7 @@ def raises(folder, out):
         Path(config.out).mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
         brain = raising if broken else chat
-        teach = train.partial(teacher.diagnose, chat=brain, gate=ffr.gate)
+        teach = train.partial(teacher.diagnose, chat=brain, gate=reward.gate)
         history = train.train(
             config, accelerator, replace(student, config=config), samples * 2, teach, spare
         )

@@ -3,6 +3,7 @@
 import families
 import pytest
 import torch
+from conftest import sampled, scored
 
 import ffr
 import grpo
@@ -37,16 +38,9 @@ def rows(family, make_config, accelerator, samples):
     return student, prompts, sampled(student, prompts, [1, 2, 3])
 
 
-def sampled(student, prompts, seeds):
-    read = grpo.prefill(student.model, prompts, student.sampling)
-    return grpo.generate(student.model, read, seeds, student.sampling)
-
-
 def score(student, prompts, completions):
     with torch.no_grad():
-        logps, _ = grpo.token_logps(
-            student.model, prompts, [c.ids for c in completions], student.sampling
-        )
+        logps, _ = scored(student.model, prompts, [c.ids for c in completions], student.sampling)
     return [row[: len(c.ids)] for row, c in zip(logps, completions)]
 
 
@@ -69,60 +63,62 @@ def test_mixed_batch_is_as_one_by_one(rows):
         assert torch.allclose(row, batch[k], atol=1e-4)
 
 
-def test_reading_on_from_the_question_is_as_reading_it_all(rows, monkeypatch):
-    """Patched prompts of two lengths go on from the questions' cache, in their own order."""
-    student, (first, patched, second), _ = rows
-    more = [patched, dict(patched)]
-    seen = grpo.prefill(student.model, [second, first, first], student.sampling)
-    alone = grpo.prefill(student.model, more, student.sampling)
-    forward, read = type(student.model).forward, []
-    monkeypatch.setattr(
-        student.model,
-        "forward",
-        lambda **inputs: (
-            read.append(inputs["input_ids"].shape[1]) or forward(student.model, **inputs)
-        ),
-    )
-    again = grpo.prefill(student.model, more, student.sampling, seen, [first, first])
-    assert torch.allclose(alone.logits, again.logits, atol=1e-4)
-    assert read[0] == 2 * (patched["input_ids"].shape[1] - grpo.common(first, patched))
-    a, b = (grpo.generate(student.model, x, [5, 6], student.sampling) for x in (alone, again))
-    for one, other in zip(a, b):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert torch.allclose(one.logps, other.logps, atol=1e-4)
+def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows):
+    """Log-probs and gradients of a tree of one question and one patch, of a row a prompt, of a row
+    a rollout, against the plain definition."""
+    student, prompts, (a, b, c) = rows
+    first, patched, second = range(3)
+    answers = [(first, a), (first, b), (patched, b), (patched, c), (second, c)]
+    episodes = [grpo.Episode(min(k, 2) * (k == second), k, x.ids) for k, x in answers]
+    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    own = sum(lengths[:2]) + sum(len(x.ids) for x in (a, b, b, c))  # nothing of these two shared
+    found = {}
+    for row_tokens, number in ((8192, 2), (max(lengths) + 2 * 12, 3), (0, 5)):
+        planned = grpo.plan_rows(student.model, prompts, episodes, row_tokens)
+        assert len(planned) == number and (number > 2 or planned[0].length < own - 20)
+        logps, mask = grpo.batched_logps(
+            student.model, prompts, episodes, student.sampling, row_tokens
+        )
+        found[number] = [row[: len(e.ids)] for row, e in zip(logps, episodes)]
+        found[number].append(gradient(student, found[number]))
+    plain = [
+        grpo.completion_logps(student.model, prompts[e.prompt], e.ids, student.sampling)
+        for e in episodes
+    ]
+    plain.append(gradient(student, plain))
+    for *logps, slope in found.values():
+        assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(logps, plain))
+        assert (slope - plain[-1]).norm() / plain[-1].norm() < 1e-5
 
 
-def test_rollouts_sampled_side_by_side_are_as_in_rows_of_their_own(rows, monkeypatch):
-    """Questions, patched ones and two rollouts of one, in rows of two and of one."""
-    student, (first, patched, second), _ = rows
-    prompts = [first, patched, second, dict(patched), first, patched]
-    trunks, found = [first, first, second, first, first, first], []
-    for shared in (True, False):
-        monkeypatch.setattr(grpo, "can_share", lambda model: shared)
-        read = grpo.prefill(student.model, prompts, student.sampling, None, trunks)
-        assert len(set(read.row.tolist())) == (2 if shared else 6)
-        found.append(grpo.generate(student.model, read, [*range(6)], student.sampling))
-    for one, other in zip(*found):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert torch.allclose(one.logps, other.logps, atol=1e-4)
+def gradient(student, logps):
+    """Of a sum in which each rollout has another weight."""
+    sum(weight * row.sum() for weight, row in enumerate(logps, 1)).backward()
+    slope = torch.cat([p.grad.flatten() for p in student.model.parameters()])
+    student.model.zero_grad()
+    return slope
 
 
-def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows, monkeypatch):
-    """Log-probs and gradients with the video once for all, and with it for each."""
-    student, (first, patched, second), (a, b, c) = rows
-    prompts, done = [first, patched, second, first, patched], [a, b, c, b, c]
-    trunks, ids = [first, first, second, first, first], [x.ids for x in done]
-    found, weight = [], torch.arange(1.0, 6.0)[:, None]
-    for shared in (True, False):
-        monkeypatch.setattr(grpo, "can_share", lambda model: shared)
-        logps, mask = grpo.token_logps(student.model, prompts, ids, student.sampling, trunks)
-        (logps * mask * weight).sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in student.model.parameters()])
-        student.model.zero_grad()
-        found.append((logps, gradient))
-    (logps, gradient), (own_logps, own_gradient) = found
-    assert torch.allclose(logps, own_logps, atol=1e-4)
-    assert (gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
+def test_one_leaf_has_plain_causal_attention(rows):
+    """So that any kernel can do it, a patched prompt's too."""
+    student, prompts, completions = rows
+    for k, completion in enumerate(completions):
+        episode = grpo.Episode(0, k, completion.ids)
+        planned = grpo.plan_rows(student.model, prompts, [episode], 8192)
+        batch, leaf = grpo.stack_rows(planned, student.sampling.pad_id)
+        assert batch["attention_mask"].dim() == 2 and batch["attention_mask"].all()
+        assert leaf[0].nonzero()[:, 0].tolist() == [*range(leaf.shape[1])][-len(completion.ids) :]
+        whole = grpo.extend(prompts[k], completion.ids[:-1])
+        assert torch.equal(batch["input_ids"], whole["input_ids"])
+
+
+def test_rows_are_not_shared_where_attention_takes_no_mask(rows, monkeypatch):
+    student, prompts, (a, b, _) = rows
+    episodes = [grpo.Episode(0, 0, a.ids), grpo.Episode(0, 0, b.ids)]
+    assert len(grpo.plan_rows(student.model, prompts, episodes, 8192)) == 1
+    text = student.model.config.get_text_config()
+    monkeypatch.setattr(text, "_attn_implementation_internal", "eager")
+    assert len(grpo.plan_rows(student.model, prompts, episodes, 8192)) == 2
 
 
 def test_pixels_of_video_and_patch_matter(rows):
@@ -217,9 +213,7 @@ def test_checkpointing_and_a_frozen_tower_change_no_gradient_that_is_left(
         recomputed = []
         layer = student.model.get_decoder().layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
-        logps, _ = grpo.token_logps(
-            student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling
-        )
+        logps, _ = scored(student.model, [prompt], [torch.tensor([5, 6, 7])], student.sampling)
         logps.sum().backward()
         assert len(recomputed) == 1 + (name == "checkpointed")
         gradients[name] = {k: p.grad for k, p in student.model.named_parameters()}

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cold_start import needle_rationale
+from conftest import sampled
 from PIL import Image
 
 import ffr
+import reward
 import teacher
 from teacher import EvidencePatch, Region, TeacherError
 
@@ -116,9 +118,9 @@ def test_long_span_is_given_by_both_ends(questions):
     assert "<1.0 seconds> to <4.5 seconds>" in text
 
 
-def sampled(student, prompt, seed):
-    read = ffr.prefill(student.model, [prompt], student.sampling)
-    return ffr.generate(student.model, read, [ffr._seed(*seed)], student.sampling)[0]
+def answer(student, prompt, seed):
+    (completion,) = sampled(student, [prompt], [ffr._seed(*seed)])
+    return completion
 
 
 def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach):
@@ -126,11 +128,11 @@ def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach
     for question, group in zip(questions, groups):
         for place, rollout in enumerate(group):
             assert not rollout.first.score.correct and rollout.failed is not None
-            first = sampled(student, question.prompt, (SEED, question.sample.id, place, "first"))
+            first = answer(student, question.prompt, (SEED, question.sample.id, place, "first"))
             assert rollout.failed.completion.ids.tolist() == first.ids.tolist()
             assert rollout.failed.prompt is question.prompt
             assert "pixel_values" in rollout.prompt  # the patched prompt, with its pictures
-            again = sampled(student, rollout.prompt, (SEED, question.sample.id, place, "again"))
+            again = answer(student, rollout.prompt, (SEED, question.sample.id, place, "again"))
             assert rollout.completion.ids.tolist() == again.ids.tolist()
 
 
@@ -139,8 +141,8 @@ def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
     judge, right = ffr.judge, ffr.Score(1.0, 1.0, True)
     asked = []
 
-    def kind(student, question, prompt, completion):
-        rollout = judge(student, question, prompt, completion)
+    def kind(*args):
+        rollout = judge(*args)
         asked.append(rollout)
         return replace(rollout, score=right) if len(asked) == 2 else rollout
 
@@ -167,7 +169,7 @@ def faults(teach):
         time.sleep(20)
 
     def diagnose(chat, **settings):
-        return lambda cases: teacher.diagnose(cases, chat, ffr.gate, **settings)
+        return lambda cases: teacher.diagnose(cases, chat, reward.gate, **settings)
 
     leaking = (
         '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import sampled, scored
 
 import ffr
 import grpo
@@ -65,12 +66,6 @@ def test_empty_batch_has_a_finite_loss():
     assert grpo.grpo_loss(zeros, zeros, None, torch.ones(2), zeros, 0, beta=0.0).item() == 0
 
 
-def sampled(student, prompts, seeds, sampling):
-    return grpo.generate(
-        student.model, grpo.prefill(student.model, prompts, sampling), seeds, sampling
-    )
-
-
 def mixed_prompts(student, questions):
     """Patched and unpatched prompts, of different lengths."""
     patch = EvidencePatch("temporal", "look there", [4, 9], [(4, 5)])
@@ -90,11 +85,11 @@ def test_sampled_logps_equal_scored_logps(student, questions, top_p):
         student.sampling.suppressed_ids,
     )
     done = sampled(student, prompts, [1, 2, 3, 4], sampling)
-    batched, mask = grpo.token_logps(student.model, prompts, [c.ids for c in done], sampling)
+    batched, mask = scored(student.model, prompts, [c.ids for c in done], sampling)
     assert len({p["input_ids"].shape[1] for p in prompts}) > 1  # so there is left padding
     for i, (prompt, completion) in enumerate(zip(prompts, done)):
         n = len(completion.ids)
-        single, _ = grpo.token_logps(student.model, [prompt], [completion.ids], sampling)
+        single, _ = scored(student.model, [prompt], [completion.ids], sampling)
         assert torch.allclose(completion.logps, batched[i, :n], atol=1e-4)
         assert torch.allclose(completion.logps, single[0], atol=1e-4)
         assert mask[i].sum() == n
@@ -123,7 +118,7 @@ def test_sampling_follows_the_policy(student, questions):
     done = sampled(student, [questions[0].prompt] * 4000, list(range(4000)), sampling)
     counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
     likely = counts.argmax()
-    logp, _ = grpo.token_logps(student.model, [questions[0].prompt], [likely[None]], sampling)
+    logp, _ = scored(student.model, [questions[0].prompt], [likely[None]], sampling)
     p = logp[0, 0].exp()
     assert abs(counts[likely] - 4000 * p) < 4.9 * (4000 * p * (1 - p)).sqrt()
 
@@ -131,14 +126,14 @@ def test_sampling_follows_the_policy(student, questions):
 def test_top_p_keeps_the_fewest_likely_tokens():
     sampling = grpo.Sampling(top_p=0.6)
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
-    chosen, *_ = grpo.sample(logits, torch.linspace(0, 1, 501)[:500, None], sampling)
+    chosen, *_ = grpo.sample_token(logits, torch.linspace(0, 1, 501)[:500, None], sampling)
     assert chosen.flatten().bincount().tolist() == [313, 187]  # 5 to 3, of 500 even chances
 
 
 def test_policy_is_the_softmax_at_the_sampling_temperature(student, questions):
     prompt, ids = questions[0].prompt, torch.tensor([5, 6, 7])
     hot = grpo.Sampling(temperature=2.0, pad_id=student.sampling.pad_id)
-    logps, _ = grpo.token_logps(student.model, [prompt], [ids], hot)
+    logps, _ = scored(student.model, [prompt], [ids], hot)
     first = student.model(**prompt).logits[0, -1].float()
     assert torch.allclose(logps[0, 0], (first / 2.0).log_softmax(-1)[5], atol=1e-5)
 
@@ -155,7 +150,7 @@ def test_padding_with_a_suppressed_id_gives_no_nan(student, questions):
     assert student.sampling.pad_id in student.sampling.suppressed_ids
     prompts = [questions[0].prompt, questions[1].prompt]
     ids = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    logps, mask = grpo.token_logps(student.model, prompts, ids, student.sampling)
+    logps, mask = scored(student.model, prompts, ids, student.sampling)
     logps.sum().backward()
     assert torch.isfinite(logps).all() and mask.sum() == 4
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.model.parameters())
@@ -173,11 +168,41 @@ def test_checkpoints_generation_config_plays_no_part(student, questions):
 
 def test_logps_change_when_the_pixels_change(student, questions):
     ids = [torch.tensor([5, 6, 7])]
-    seen, _ = grpo.token_logps(student.model, [questions[0].prompt], ids, student.sampling)
+    seen, _ = scored(student.model, [questions[0].prompt], ids, student.sampling)
     pixels = torch.zeros_like(questions[0].prompt["pixel_values_videos"])
     blank = questions[0].prompt | {"pixel_values_videos": pixels}
-    unseen, _ = grpo.token_logps(student.model, [blank], ids, student.sampling)
+    unseen, _ = scored(student.model, [blank], ids, student.sampling)
     assert (seen - unseen).abs().max() > 1e-3
+
+
+def updated(
+    student,
+    accelerator,
+    optimizer,
+    prompts,
+    completions,
+    advantages,
+    weights=None,
+    reference=None,
+    stand_in=None,
+    **settings,
+):
+    """The figures of one `update`, each prompt its own group."""
+    weights = weights or [1.0] * len(completions)
+    episodes = [
+        grpo.Episode(k, k, c.ids, c.logps, advantages[k], weights[k])
+        for k, c in enumerate(completions)
+    ]
+    tokens = sum(len(c.ids) * weight for c, weight in zip(completions, weights))
+    return grpo.update(
+        accelerator,
+        student.model,
+        optimizer,
+        grpo.Batch(dict(enumerate(prompts)), episodes, tokens, stand_in),
+        student.sampling,
+        grpo.Objective(**settings),
+        reference,
+    )
 
 
 def gradients(
@@ -189,7 +214,8 @@ def gradients(
     weights,
     reference=None,
     beta=0.0,
-    **kwargs,
+    stand_in=None,
+    **settings,
 ):
     """The gradient that `update` steps along, as one vector."""
 
@@ -201,18 +227,19 @@ def gradients(
             student.model.zero_grad()
 
     keep = Keep()
-    tokens = sum(len(c.ids) * w for c, w in zip(completions, weights))
-    figures = grpo.update(
+    figures = updated(
+        student,
         accelerator,
-        student.model,
-        reference,
         keep,
-        [*map(grpo.Row, prompts, prompts, completions, advantages, weights)],
-        tokens,
-        student.sampling,
+        prompts,
+        completions,
+        advantages,
+        weights,
+        reference=reference,
+        stand_in=stand_in,
         beta=beta,
         max_grad_norm=1e9,
-        **kwargs,
+        **settings,
     )
     return torch.cat(keep.grads), figures
 
@@ -256,7 +283,7 @@ def test_micro_batches_add_up_to_the_same_gradient(student, questions, accelerat
     rows = (prompts, done, [0.5, -1.0, 2.0, 1.0], [1.0] * 4)
     whole, figures = gradients(student, accelerator, *rows)
     for size in (1, 3):
-        parts, others = gradients(student, accelerator, *rows, at_once=size)
+        parts, others = gradients(student, accelerator, *rows, rollouts_at_once=size)
         assert (whole - parts).norm() / whole.norm() < 1e-5
         assert others["loss"] == pytest.approx(figures["loss"], abs=1e-6)
 
@@ -267,12 +294,12 @@ def test_rollouts_without_advantage_cost_nothing_and_change_nothing(
     prompts = mixed_prompts(student, questions)
     done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
     rows = (prompts, done, [0.5, 0.0, -1.0, 0.0], [1.0] * 4)
-    score, scored = grpo.token_logps, []
-    monkeypatch.setattr(grpo, "token_logps", lambda *a: scored.append(len(a[1])) or score(*a))
+    score, seen = grpo.batched_logps, []
+    monkeypatch.setattr(grpo, "batched_logps", lambda *a: seen.append(len(a[2])) or score(*a))
     left, _ = gradients(student, accelerator, *rows)
     # A β whose gradient vanishes in fp32 keeps them all.
     kept, _ = gradients(student, accelerator, *rows, beta=1e-30, reference=student.model)
-    assert scored == [2, 4, 4] and (left - kept).norm() / kept.norm() < 1e-5
+    assert seen == [2, 4, 4] and (left - kept).norm() / kept.norm() < 1e-5
     none, figures = gradients(student, accelerator, prompts, done, [0.0] * 4, [1.0] * 4)
     assert none.abs().max() == 0 and figures["loss"] == 0
 
@@ -281,20 +308,10 @@ def test_second_update_is_clipped_against_the_first_policy(student, questions, a
     """μ = 2 with a large step: ratios leave 1 ± ε and are counted."""
     prompts = [question.prompt for question in questions[:3]]
     done = sampled(student, prompts, [1, 2, 3], student.sampling)
-    optimizer = torch.optim.SGD(student.model.parameters(), lr=1.0)
     reference = type(student.model)(student.model.config)
     reference.load_state_dict(student.model.state_dict())
-    rows = [*map(grpo.Row, prompts, prompts, done, [1.0, -1.0, 2.0])]
-    figures = grpo.update(
-        accelerator,
-        student.model,
-        reference.eval(),
-        optimizer,
-        rows,
-        sum(len(c.ids) for c in done),
-        student.sampling,
-        num_updates=2,
-    )
+    settings = {"num_updates": 2, "beta": 0.04, "reference": reference.eval()}
+    figures = trained(student, accelerator, prompts, done, [1.0, -1.0, 2.0], rate=1.0, **settings)
     assert figures["clipped"] > 0 and figures["kl"] > 0
 
 
@@ -314,7 +331,7 @@ def test_a_completion_is_finished_exactly_where_an_end_was_sampled(student, ques
     )
     for eos_ids, length in ((tuple(every), 1), ((), 5)):
         sampling = replace(student.sampling, eos_ids=eos_ids)
-        sampling.max_tokens = 5
+        sampling.max_completion_length = 5
         for completion in sampled(student, prompts, [1, 2], sampling):
             assert completion.finished == bool(eos_ids) and len(completion.ids) == length
 
@@ -336,7 +353,7 @@ def test_the_end_that_was_sampled_is_trained(student, questions, accelerator):
 
 
 def grpo_logps(student, prompt, ids):
-    return grpo.token_logps(student.model, [prompt], [ids], student.sampling)[0][0]
+    return grpo.completion_logps(student.model, prompt, ids, student.sampling)
 
 
 def test_gradients_are_clipped_before_the_step(student, questions, accelerator):
@@ -355,12 +372,8 @@ def test_gradients_are_clipped_before_the_step(student, questions, accelerator):
 def trained(student, accelerator, prompts, completions, advantages, rate, **settings):
     """The figures of one `update` with plain SGD."""
     optimizer = torch.optim.SGD(student.model.parameters(), lr=rate)
-    tokens = sum(len(c.ids) for c in completions)
-    rows = [*map(grpo.Row, prompts, prompts, completions, advantages)]
     settings = {"beta": 0.0} | settings
-    return grpo.update(
-        accelerator, student.model, None, optimizer, rows, tokens, student.sampling, **settings
-    )
+    return updated(student, accelerator, optimizer, prompts, completions, advantages, **settings)
 
 
 def test_both_updates_of_a_step_are_measured_from_the_policy_that_sampled(
@@ -375,7 +388,7 @@ def test_both_updates_of_a_step_are_measured_from_the_policy_that_sampled(
         return loss(logps, old_logps, *more, **settings)
 
     monkeypatch.setattr(grpo, "grpo_loss", keep)
-    settings = {"num_updates": 2, "at_once": 1}
+    settings = {"num_updates": 2, "rollouts_at_once": 1}
     trained(student, accelerator, prompts, done, [1.0, -1.0], rate=0.1, **settings)
     first, second = seen[:2], seen[2:]
     for (logps, old), (later, its_old) in zip(first, second):

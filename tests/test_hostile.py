@@ -7,6 +7,7 @@ import pytest
 from test_teacher import make_case, patch_json
 
 import ffr
+import reward
 import teacher
 from teacher import EvidencePatch, TeacherError
 
@@ -116,7 +117,7 @@ def take(text, question):
     asked, options, answer = question
     case = make_case(question=asked, options=options, answer=answer)
     (verdict,) = teacher.diagnose(
-        [case], lambda talks, seconds: [(text, 1)] * len(talks), ffr.gate, num_frames=1
+        [case], lambda talks, seconds: [(text, 1)] * len(talks), reward.gate, num_frames=1
     )
     OUTCOMES[getattr(verdict, "cause", "patch")] += 1
     assert isinstance(verdict, EvidencePatch | TeacherError)

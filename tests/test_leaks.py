@@ -6,7 +6,7 @@ import pytest
 from bench_leaks import load, rates
 from conftest import ROOT
 
-import ffr
+import reward
 from reward import asks_for, leak
 from teacher import Case, EvidencePatch, Region
 
@@ -81,12 +81,12 @@ def test_patch_has_no_region_where_a_place_and_no_time_where_a_time_is_asked():
 
     where, when, who = patch(), patch(), patch()
     for each, question in ((where, "Where is it?"), (when, "When is it?"), (who, "Who is it?")):
-        assert ffr.gate(each, Case("c", question, [], "Ann", "hm", None)) is None
+        assert reward.gate(each, Case("c", question, [], "Ann", "hm", None)) is None
     assert where.regions == [] and where.spans and where.show_times
     assert when.regions and when.spans == [] and not when.show_times
     assert who == patch()
     labelled = EvidencePatch("spatial", "look", regions=[Region(1, (0, 0, 1, 1), "Ann's hat")])
-    assert ffr.gate(labelled, Case("c", "Who is it?", [], "Ann", "hm", None)) is not None
+    assert reward.gate(labelled, Case("c", "Who is it?", [], "Ann", "hm", None)) is not None
 
 
 def test_rates_on_the_leak_set_are_those_in_assets():

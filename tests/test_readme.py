@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import data
 import ffr
+import reward
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -144,7 +145,7 @@ def test_repair_round_in_a_loop_of_ones_own_trains(tmp_path, monkeypatch):
     torch.manual_seed(0)
     exec(snippet("ffr.find_fix_reason"), names := {})
     assert len(names["group"]) == 8 and any(r.failed for r in names["group"])
-    before = train.grpo.load_policy("assets/tiny")[0].state_dict()
+    before = train.load_policy("assets/tiny")[0].state_dict()
     after = names["model"].state_dict()
     assert any((before[key] != after[key]).any() for key in before)
 
@@ -157,7 +158,7 @@ def test_why_a_video_was_misread_is_told_and_drawn(
     monkeypatch.setattr(
         train,
         "load_teacher",
-        lambda *_: lambda cases: train.teacher.diagnose(cases, evidence, ffr.gate),
+        lambda *_: lambda cases: train.teacher.diagnose(cases, evidence, reward.gate),
     )
     ffr.explain(
         [

@@ -17,6 +17,7 @@ from test_train import recorded_rounds, recorded_update, train_once
 
 import data
 import ffr
+import reward
 import teacher
 import train
 from teacher import EvidencePatch, TeacherError
@@ -166,7 +167,7 @@ def step(make_config, accelerator, samples, endpoint, monkeypatch, **settings):
     _, (metrics,) = train_once(config, accelerator, samples, teach)
     return (
         [r for group in groups[0] for r in group],
-        [row.advantage for row in calls[0][4]],
+        [episode.advantage for episode in calls[0][3].episodes],
         metrics,
     )
 
@@ -195,7 +196,8 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     )
     reference, _, usual = whole
     texts = Counter(r.first.text for r in reference)
-    marked = next(k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1)
+    unique = [k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1]
+    marked = next(k for k in unique if "<|" not in reference[k].first.text)  # the teacher sees it so
     endpoint.reset()
     fault, cause = FAULTS[name]
 
@@ -364,7 +366,7 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
         for n in (1, 1, 2)
     ]
     chat, spent = teacher.remote(endpoint.url, "m", KEY), Counter()
-    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, spent=spent)
+    verdicts = teacher.diagnose(cases, chat, reward.gate, workers=4, spent=spent)
     assert all(isinstance(v, EvidencePatch) for v in verdicts) and spent["calls"] == 2 * 12
     hang = cases[2].response
     endpoint.fault = lambda messages, times: (
@@ -374,12 +376,12 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
         else None
     )
     began = time.time()
-    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=4, timeout=1.5)
+    verdicts = teacher.diagnose(cases, chat, reward.gate, workers=4, timeout=1.5)
     assert [isinstance(v, TeacherError) for v in verdicts] == [k == 2 for k in range(18)]
     assert verdicts[2].cause == "timeout" and time.time() - began < 2.5
     endpoint.fault = slow
     began = time.time()
-    verdicts = teacher.diagnose(cases, chat, ffr.gate, workers=2, step_timeout=1.0)
+    verdicts = teacher.diagnose(cases, chat, reward.gate, workers=2, step_timeout=1.0)
     assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2  # of 12 x 3 s
 
 
@@ -468,7 +470,7 @@ def test_without_workers_all_share_one_deadline(endpoint, samples):
     cases = [teacher.Case(s.id, "?", [], "x", "", v) for s, v in zip(samples, videos)]
     endpoint.fault = slow
     began = time.time()
-    verdicts = teacher.diagnose(cases, teacher.remote(endpoint.url, "m"), ffr.gate, timeout=1.0)
+    verdicts = teacher.diagnose(cases, teacher.remote(endpoint.url, "m"), reward.gate, timeout=1.0)
     assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2
     time.sleep(1)
     asked = endpoint.seen.total()

@@ -10,13 +10,13 @@ from cold_start import needle_rationale
 from PIL import Image
 
 import data
-import ffr
+import reward
 import teacher
 from teacher import Case, EvidencePatch, TeacherError, run_tool
 
 
 def diagnose(cases, chat, **settings):
-    return teacher.diagnose(cases, chat, ffr.gate, **settings)
+    return teacher.diagnose(cases, chat, reward.gate, **settings)
 
 
 def image_of(part):

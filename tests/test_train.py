@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, scored
 
 import data
 import ffr
@@ -76,24 +76,25 @@ def test_the_update_gets_the_repaired_tokens_under_the_patched_prompt(
     calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     _, history = train_once(make_config(max_steps=1), accelerator, samples, teach)
     (call,), rollouts = calls, [r for group in groups[0] for r in group]
-    rows = call[4]
-    trunks, prompts, completions, advantages, weights = zip(*rows)
+    (_, model, _, batch, sampling, *_) = call
+    questions, numbers, ids, sampled, advantages, weights = zip(*batch.episodes)
+    prompts = [batch.prompts[number] for number in numbers]
     assert 0 < sum(r.failed is not None for r in rollouts) < 6
-    for prompt, completion, rollout in zip(prompts, completions, rollouts):
-        assert completion.ids.tolist() == rollout.completion.ids.tolist()
+    for prompt, tokens, rollout in zip(prompts, ids, rollouts):
+        assert tokens.tolist() == rollout.completion.ids.tolist()
         assert ("pixel_values" in prompt) == (rollout.failed is not None)
         if rollout.failed:
-            assert completion.ids.tolist() != rollout.failed.completion.ids.tolist()
+            assert tokens.tolist() != rollout.failed.completion.ids.tolist()
             assert "pixel_values" not in rollout.failed.prompt
     rewards = torch.tensor([r.reward for r in rollouts]).view(2, 3)
     assert [*advantages] == grpo.group_advantages(rewards).flatten().tolist() and any(advantages)
-    assert weights == (1.0,) * 6 and all(t is r.first.prompt for t, r in zip(trunks, rollouts))
+    assert weights == (1.0,) * 6
+    assert all(batch.prompts[k] is r.first.prompt for k, r in zip(questions, rollouts))
     # The same policy sampled and scored: the wrong ids, prompt or pixels would show up here.
     assert history[0]["logp_gap"] < 1e-4
-    ids = [c.ids for c in completions]
     for wrong in ([r.first.prompt for r in rollouts], [blank(p) for p in prompts]):
-        logps, _ = grpo.token_logps(call[1], wrong, ids, call[6])
-        gaps = [(c.logps - row[: len(c.ids)]).abs().max() for c, row in zip(completions, logps)]
+        logps, _ = scored(model, wrong, ids, sampling)
+        gaps = [(own - row[: len(own)]).abs().max() for own, row in zip(sampled, logps)]
         assert max(gaps) > 1e-3
 
 
@@ -108,21 +109,23 @@ def test_failed_tokens_get_no_gradient(
     prompts, patches and padding are nowhere in it."""
     seen, loss = [], grpo.grpo_loss
 
-    def keep(logps, *args):
+    def keep(logps, *args, **settings):
         logps.retain_grad()
         seen.append((logps, args[3]))
-        return loss(logps, *args)
+        return loss(logps, *args, **settings)
 
     monkeypatch.setattr(grpo, "grpo_loss", keep)
     calls = recorded_update(monkeypatch)
     train_once(make_config(max_steps=1), accelerator, samples, teach)
-    (logps, mask), rows = seen[0], [row for row in calls[0][4] if row.advantage]  # β is 0
-    lengths, advantages = [len(row.completion.ids) for row in rows], [row.advantage for row in rows]
-    assert len(rows) >= 3 and logps.shape == (len(rows), max(lengths))
+    (logps, mask), episodes = seen[0], calls[0][3].episodes
+    trained = [episode for episode in episodes if episode.advantage]  # β is 0
+    trained.sort(key=lambda episode: (episode.question, episode.prompt))  # as rows are shared
+    lengths = [len(episode.ids) for episode in trained]
+    assert len(trained) >= 3 and logps.shape == (len(trained), max(lengths))
     assert mask.sum(1).tolist() == lengths
-    for row, (length, advantage) in enumerate(zip(lengths, advantages)):
+    for row, episode in enumerate(trained):
         want = torch.zeros(max(lengths))
-        want[:length] = -advantage / sum(len(row.completion.ids) for row in calls[0][4])
+        want[: lengths[row]] = -episode.advantage / sum(len(e.ids) for e in episodes)
         assert torch.allclose(logps.grad[row], want, atol=1e-7)
 
 
@@ -381,7 +384,7 @@ def test_ranks_make_the_same_calls_whatever_fails_on_one(folder, model_folder, t
     torchrun(2, "calls", folder, tmp_path / "calls.json")
     zero, one = json.loads((tmp_path / "calls.json").read_text())
     assert zero["repaired"] == 0 and one["repaired"] == 4
-    assert zero["calls"] == one["calls"] and zero["calls"]["vision"] == 4
+    assert zero["calls"] == one["calls"] and zero["calls"]["vision"] == 5
     assert zero["finite"] and one["finite"]
 
 
@@ -486,6 +489,12 @@ def test_files_keep_their_limits(name):
 
 
 def test_every_setting_is_read():
-    source = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("train.py", "ffr.py"))
-    for name in train.Config.__dataclass_fields__:
+    files = ("train.py", "ffr.py", "teacher.py", "data.py")
+    source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    names = train.Config.__dataclass_fields__.keys() - grpo.Objective.__dataclass_fields__.keys()
+    assert len(names) > 40
+    for name in names:
         assert re.search(rf"\b(config|c)\.{name}\b", source), name
+    objective = (ROOT / "grpo.py").read_text(encoding="utf-8")
+    for name in grpo.Objective.__dataclass_fields__:
+        assert f"objective.{name}" in objective, name
