@@ -178,13 +178,13 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
 def with_positions(model, inputs: dict) -> dict:
     """A processor's inputs and `position_ids`, (1, L), or (3, 1, L) of time, height and width, so
     that parts can be computed apart. Raises ValueError where M-RoPE hides how it counts."""
-    finders = [part.get_rope_index for part in model.modules() if hasattr(part, "get_rope_index")]
-    if not finders:
+    counter = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
+    if counter is None:
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if "mrope_section" in rope:
             raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
         return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
-    positions = finders[0](**inputs)[0]
+    positions = counter.get_rope_index(**inputs)[0]
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         # The weights were trained with text after a video at the largest position so far + 1; from
         # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
@@ -267,10 +267,11 @@ def judge(student, question: Question, prompt: dict, number: int, completion) ->
 
 def store_linears_in_bf16(model) -> None:
     """Halve frozen linear layers. Autocast casts their weights at each call, so nothing changes;
-    norms and embeddings it leaves in fp32, and so does this."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
-            module.to(torch.bfloat16)
+    norms and embeddings, tied ones too, it leaves in fp32, and so does this."""
+    tied = model.get_input_embeddings().weight
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            part.to(torch.float32 if part.weight is tied else torch.bfloat16)
 
 
 def token_ids(model, processor) -> dict:
@@ -296,9 +297,8 @@ def decode(student: Student, ids: torch.Tensor) -> str:
 def episodes(questions: list[Question], groups: list, advantages: list[float]) -> tuple:
     """A round as `grpo.Batch` takes it: distinct prompts, and an `Episode` for each rollout, with
     its advantage. What does not count has weight 0."""
-    prompts = {number: question.prompt for number, question in enumerate(questions)}
+    prompts, found = {number: q.prompt for number, q in enumerate(questions)}, []
     rollouts = [(k, rollout) for k, group in enumerate(groups) for rollout in group]
-    found = []
     for (k, rollout), advantage in zip(rollouts, advantages):
         prompts[rollout.prompt_number] = rollout.prompt
         own = (k, rollout.prompt_number, rollout.completion.ids, rollout.completion.logps)

@@ -12,7 +12,7 @@ Sources: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4; FFR eq. J(θ); Dr. GRPO. N
 """
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -145,13 +145,14 @@ def is_sharded(model) -> bool:
 def gathered_once(model):
     """Gather sharded text layers once for all tokens, not again for each. Yields a function that
     tells whether any completion still runs, on any rank if they must call together."""
+    together = is_sharded(model)
     layers = [part for part in model.get_decoder().modules() if isinstance(part, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
 
     def any_rank(running: Tensor) -> bool:
         most = running.max()
-        if is_sharded(model):
+        if together:
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return bool(most)
 
@@ -244,8 +245,8 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
 
     prompts, portions = in_portions(batch, objective)
     old_logps, ref_logps, gap = [], [None] * len(portions), 0.0
-    if reference is not None:
-        with torch.no_grad(), adapters_off(reference):
+    if reference is not None:  # with LoRA the policy itself, less its adapters
+        with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
             ref_logps = [score(reference, portion)[0] for portion in portions]
 
     for iteration in range(objective.num_updates):
@@ -295,17 +296,6 @@ def measure(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon
 def sampling_gap(portion: list[Episode], logps: Tensor, mask: Tensor) -> float:
     sampled = pad_sequence([episode.sampled_logps for episode in portion], batch_first=True)
     return ((sampled - logps) * mask).abs().max().item()
-
-
-@contextmanager
-def adapters_off(model):
-    """With LoRA, π_ref is the policy without its adapters. No effect on a model that has none."""
-    has_adapters = getattr(model, "_hf_peft_config_loaded", False)
-    if has_adapters:
-        model.disable_adapters()
-    yield
-    if has_adapters:
-        model.enable_adapters()
 
 
 # --- what a prompt is to the functions above ---

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -160,6 +161,7 @@ def parse(arguments: list[str]) -> Config:
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
+        (c.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
         (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
         (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
     ]:
@@ -168,7 +170,7 @@ def parse(arguments: list[str]) -> Config:
     return c
 
 
-def load_policy(name: str, attention="", freeze_vision=False, lora_rank=0) -> tuple:
+def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
     """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
     round updates of 5e-6 away. Raises ValueError, one sentence, where it cannot be trained."""
     try:
@@ -183,8 +185,6 @@ def load_policy(name: str, attention="", freeze_vision=False, lora_rank=0) -> tu
         opening = processor.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
         vision = model.get_encoder("video")
         vision.requires_grad_(not freeze_vision)
-        if lora_rank:
-            add_adapters(model, lora_rank)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
@@ -193,10 +193,7 @@ def load_policy(name: str, attention="", freeze_vision=False, lora_rank=0) -> tu
     for refused, why in [
         (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
         (not hasattr(processor, "video_processor"), "no video processor; save one there"),
-        (
-            opening.rstrip().endswith("<think>"),
-            "its chat template opens <think> itself, take that out of it",
-        ),
+        (opening.rstrip().endswith("<think>"), "its chat template opens <think> itself"),
         (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
     ]:
         if refused:
@@ -207,15 +204,15 @@ def load_policy(name: str, attention="", freeze_vision=False, lora_rank=0) -> tu
     return model, processor
 
 
-def add_adapters(model, rank: int) -> None:
-    """Freeze the model, and put trainable adapters (LoRA) beside the linear parts of its text
-    layers. They begin at 0: the policy is as it was until the first update."""
-    from peft import LoraConfig
+def add_adapters(model, rank: int):
+    """The model, frozen, with trainable adapters (LoRA) beside the linear parts of its text layers.
+    They begin at 0: the policy is as it was until the first update."""
+    from peft import LoraConfig, get_peft_model
 
     names = {module: name for name, module in model.named_modules()}
     parts = model.get_decoder().modules()
     linear = [names[part] for part in parts if isinstance(part, torch.nn.Linear)]
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear))
 
 
 def reference_policy(c: Config, accelerator, model):
@@ -236,7 +233,11 @@ def reference_policy(c: Config, accelerator, model):
 def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, processor = load_policy(c.model, c.attention, c.freeze_vision, c.lora_rank)
+    model, processor = load_policy(c.model, c.attention, c.freeze_vision)
+    if getattr(model, "_hf_peft_config_loaded", False) and not c.eval_only:
+        raise ValueError(f"{c.model} holds adapters; merge them into their base (README)")
+    if c.lora_rank:
+        model = add_adapters(model, c.lora_rank)
     if c.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if c.lora_rank and accelerator.mixed_precision == "bf16":

@@ -8,7 +8,6 @@ TRL is an extra: without it that row is left out. `--quick`: small shapes, one r
 
 import argparse
 import contextlib
-import copy
 import itertools
 import json
 import statistics
@@ -203,21 +202,12 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
     assert latency is None or sum(r.failed is not None for r in rollouts) == len(rollouts) // 2
     advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
-    rows = [
-        grpo.Row(r.first.prompt, r.prompt, r.completion, a) for r, a in zip(rollouts, advantages)
-    ]
     total = sum(len(r.completion.ids) for r in rollouts)
-    grpo.update(
-        accelerator,
-        student.model,
-        None,
-        optimizer,
-        rows,
-        total,
-        student.sampling,
-        beta=0.0,
-        at_once=c.rollouts_at_once,
+    batch = grpo.Batch(*ffr.episodes(questions, groups, advantages), total)
+    objective = grpo.Objective(
+        beta=0.0, rollouts_at_once=c.rollouts_at_once, row_tokens=c.row_tokens
     )
+    grpo.update(accelerator, student.model, optimizer, batch, student.sampling, objective)
     if clock is not None:
         clock["round"], clock["update"] = middle - began, time.perf_counter() - middle
     return rollouts
@@ -231,7 +221,7 @@ def released(student, questions, optimizer, latency=0.0):
     config = transformers.GenerationConfig(
         do_sample=True,
         top_p=never.top_p,
-        max_new_tokens=never.max_tokens,
+        max_new_tokens=never.max_completion_length,
         eos_token_id=None,
         pad_token_id=never.pad_id,
         suppress_tokens=list(never.suppressed_ids),
@@ -268,28 +258,39 @@ def limit(student, optimizer, step):
     """The bare model on the same tokens with the same sharing: the calls of one step, kept with
     their inputs, made again with nothing between them but the backward and the optimizer."""
     model, calls = student.model, []
-    forward = type(model).forward
+    forward, reorder = type(model).forward, grpo.OneDtypeCache.reorder_cache
 
     def keep(cache=None, **inputs):
         kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        calls.append((kept, cache and cache.get_seq_length(), torch.is_grad_enabled()))
+        calls.append((kept, cache is not None, torch.is_grad_enabled()))
         return forward(model, cache=cache, **inputs)
 
-    model.forward = keep
+    def keep_order(cache, owner):
+        calls.append(owner)
+        return reorder(cache, owner)
+
+    model.forward, grpo.OneDtypeCache.reorder_cache = keep, keep_order
     step()
     del model.forward
+    grpo.OneDtypeCache.reorder_cache = reorder
 
     def again():
         cache = None
-        for inputs, length, trained in calls:
+        for call in calls:
+            if isinstance(call, torch.Tensor):  # the prompts' cache is repeated for completions
+                cache.reorder_cache(call)
+                continue
+            inputs, cached, trained = call
             if trained:
                 logits = model(**inputs).logits
                 torch.nn.functional.cross_entropy(logits, logits.argmax(1)).backward()
-                continue
-            with torch.no_grad():
-                if length and length < cache.get_seq_length():  # a patched prompt goes on
-                    cache.crop(length - cache.get_seq_length())
-                cache = model(**inputs, cache=cache if length else None).cache
+            elif cached and "logits_to_keep" in inputs:
+                cache = transformers.DynamicCache(config=model.config)
+                with torch.no_grad():
+                    model(**inputs, cache=cache)
+            else:
+                with torch.no_grad():
+                    model(**inputs, cache=cache)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -320,7 +321,7 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
             chat, tokenize=False, add_generation_prompt=True
         )
         inputs = student.processor(text=[text], images=images[k], return_tensors="pt")
-        question.prompt = grpo.with_positions(student.model, dict(inputs))
+        question.prompt = ffr.with_positions(student.model, dict(inputs))
     marks = []
 
     class Clock(transformers.TrainerCallback):
@@ -426,27 +427,23 @@ def savings(shape: dict, repeats: int) -> dict:
     """Seconds of a step with each trick switched off, over those with all on."""
     accelerator, student, questions, optimizer = setting(shape)
     run = partial(ours, accelerator, student, questions, optimizer, 0.0)
-    share, prefill, forward = grpo.can_share, ffr.prefill, type(student.model).forward
+    generate, forward = ffr.generate, type(student.model).forward
 
     def unshared():
-        grpo.can_share = lambda model: False
+        student.config.row_tokens = 0
         run()
-        grpo.can_share = share
+        student.config.row_tokens = 8192
 
-    def copied():  # a copy of the cache for each rollout, as `generate` would have it
-        ffr.prefill = lambda *args: each(prefill(*args))
+    def reread():  # a prompt read for each of its completions, as without a cache to repeat
+        def each(model, prompts, seeds, sampling):
+            repeated = [prompt for prompt, own in zip(prompts, seeds) for _ in own]
+            alone = [[seed] for own in seeds for seed in own]
+            done = iter(generate(model, repeated, alone, sampling))
+            return [[next(done)[0] for _ in own] for own in seeds]
+
+        ffr.generate = each
         run()
-        ffr.prefill = prefill
-
-    def each(read):
-        cache = copy.deepcopy(read.cache)  # the question's is read on from
-        cache.reorder_cache(read.row)
-        return read._replace(cache=cache, row=torch.arange(len(read.row)))
-
-    def reread():
-        ffr.prefill = lambda model, prompts, sampling, *_: prefill(model, prompts, sampling)
-        run()
-        ffr.prefill = prefill
+        ffr.generate = generate
 
     def all_logits():
         def whole(*args, logits_to_keep=0, **inputs):
@@ -459,9 +456,7 @@ def savings(shape: dict, repeats: int) -> dict:
         run()
         del student.model.forward
 
-    times = alternate(
-        repeats, on=run, unshared=unshared, copied=copied, reread=reread, all_logits=all_logits
-    )
+    times = alternate(repeats, on=run, unshared=unshared, reread=reread, all_logits=all_logits)
     return {name: seconds / times["on"] for name, seconds in times.items()}
 
 

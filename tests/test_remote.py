@@ -197,7 +197,9 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     reference, _, usual = whole
     texts = Counter(r.first.text for r in reference)
     unique = [k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1]
-    marked = next(k for k in unique if "<|" not in reference[k].first.text)  # the teacher sees it so
+    marked = next(
+        k for k in unique if "<|" not in reference[k].first.text
+    )  # the teacher sees it so
     endpoint.reset()
     fault, cause = FAULTS[name]
 
