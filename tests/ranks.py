@@ -178,6 +178,8 @@ def sharded(folder, out):
     for unit in [*model.model.language_model.layers, model.model.visual, model]:
         fully_shard(unit)
     dtensors, start = all(isinstance(p, DTensor) for p in model.parameters()), whole(model)
+    prompt = ffr.open_question(student, samples[0]).prompt
+    _, *gathers = [gathers_of(student, prompt, tokens) for tokens in (3, 3, 12)]
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     rollouts, figures = lopsided_step(accelerator, student, samples, model, sgd)
     end = whole(model)
@@ -185,12 +187,24 @@ def sharded(folder, out):
         accelerator,
         out,
         dtensors=dtensors,
+        gathers=gathers,
         repaired=sum(r.failed is not None for r in rollouts),
         finite=bool(torch.isfinite(end).all()),
         moved=bool((end != start).any()),
         sum=end.double().sum().item(),
         gap=figures["logp_gap"],
     )
+
+
+def gathers_of(student, prompt, tokens):
+    """How often parameters are gathered while so many tokens are sampled."""
+    sampling = replace(student.sampling, max_completion_length=tokens, eos_ids=())
+    with torch.profiler.profile() as profile:
+        ((completion,),) = grpo.generate(student.model, [prompt], [[0]], sampling)
+    assert len(completion.ids) == tokens
+    layers = student.model.model.language_model.layers  # the root stays whole till its backward
+    assert all(isinstance(p, DTensor) for p in layers.parameters())
+    return sum(event.count for event in profile.key_averages() if "allgather" in event.key)
 
 
 def whole(model):
