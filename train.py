@@ -218,10 +218,8 @@ def add_adapters(model, rank: int):
 def reference_policy(c: Config, accelerator, model):
     """π_ref, the policy before training: None at β = 0; with adapters the model itself, called
     without them; else a frozen copy. `model` is not yet the accelerator's."""
-    if c.beta == 0:
-        return None
-    if c.lora_rank:
-        return model
+    if c.lora_rank or c.beta == 0:
+        return model if c.beta > 0 else None
     reference = deepcopy(model).eval().requires_grad_(False)
     if accelerator.is_fsdp2:
         return fsdp_utils.fsdp2_prepare_model(accelerator, reference)
@@ -237,6 +235,7 @@ def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     if getattr(model, "_hf_peft_config_loaded", False) and not c.eval_only:
         raise ValueError(f"{c.model} holds adapters; merge them into their base (README)")
     if c.lora_rank:
+        torch.manual_seed(c.seed)  # half of the adapters begin at random, on all ranks alike
         model = add_adapters(model, c.lora_rank)
     if c.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
