@@ -128,40 +128,6 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
     return groups
 
 
-class OneDtypeCache(transformers.DynamicCache):
-    """Under autocast keys come in fp32, values in bf16. Attention casts the keys anyway; cast
-    before they are kept, they take half the memory."""
-
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple:
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
-
-
-def is_sharded(model) -> bool:
-    """Are its parameters spread over ranks (FSDP2), so that every call needs every rank?"""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-@contextmanager
-def gathered_once(model):
-    """Gather sharded text layers once for all tokens, not again for each. Yields a function that
-    tells whether any completion still runs, on any rank if they must call together."""
-    together = is_sharded(model)
-    layers = [part for part in model.get_decoder().modules() if isinstance(part, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
-
-    def any_rank(running: Tensor) -> bool:
-        most = running.max()
-        if together:
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return bool(most)
-
-    yield any_rank
-    for layer in layers:
-        layer.set_reshard_after_forward(True, recurse=False)
-        layer.reshard()
-
-
 # --- scoring, advantages, objective ---
 def completion_logps(model, prompt: dict, ids: Tensor, sampling: Sampling) -> Tensor:
     """log π_θ(o_t | q, o_<t) of a completion's `ids` (T,) under its prompt: (T,), fp32."""
@@ -229,7 +195,7 @@ class Batch(NamedTuple):
     prompts: dict[int, dict]  # distinct ones, by number
     episodes: list[Episode]
     total_tokens: float  # Σ|τ̂_i|: those of weight 1, on all ranks
-    stand_in: dict | None = None  # sharded: of every modality, in each forward, for equal calls
+    stand_in: dict | None = None  # sharded: has every modality and joins each forward, at weight 0
 
 
 def update(accelerator, model, optimizer, batch, sampling, objective, reference=None) -> dict:
@@ -245,7 +211,7 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
 
     prompts, portions = in_portions(batch, objective)
     old_logps, ref_logps, gap = [], [None] * len(portions), 0.0
-    if reference is not None:  # with LoRA the policy itself, less its adapters
+    if reference is not None:  # a frozen copy; with LoRA the policy, less its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
             ref_logps = [score(reference, portion)[0] for portion in portions]
 
@@ -344,6 +310,41 @@ def part_of(prompt: dict, start: int, stop: int | None, above: dict) -> dict:
         if key in PER_TOKEN or len(value):
             part[key] = value
     return part
+
+
+# --- what large models need of `generate` ---
+class OneDtypeCache(transformers.DynamicCache):
+    """Under autocast keys come in fp32, values in bf16. Attention casts the keys anyway; cast
+    before they are kept, they take half the memory."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple:
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+
+def is_sharded(model) -> bool:
+    """Are its parameters spread over ranks (FSDP2), so that every call needs every rank?"""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def gathered_once(model):
+    """Gather sharded text layers once for all tokens, not again for each. Yields a function that
+    tells whether any completion still runs, on any rank if they must call together."""
+    together = is_sharded(model)
+    layers = [part for part in model.get_decoder().modules() if isinstance(part, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+
+    def any_rank(running: Tensor) -> bool:
+        most = running.max()
+        if together:
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return bool(most)
+
+    yield any_rank
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+        layer.reshard()
 
 
 # --- many completions at once: those of a group share a row ---

@@ -1,7 +1,6 @@
 """Adapters in place of all weights (extra: peft): the same log-probs everywhere, π_ref without a
 copy, and a folder that peft reads."""
 
-
 import families
 import pytest
 import torch
