@@ -1,14 +1,16 @@
 """Peak memory of an update and of a generation against G, frames, completion length and β: measured
 on tiny models, fitted by a formula, and computed from it for a 7B. `python tests/bench_memory.py`
 
-    update      4P (weights) + 4P (gradients) + 8P (Adam) + 4P (π_ref, β > 0) + 2P (bf16 copies)
-                + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
-    generation  4P + 8P (Adam) + 4P (π_ref) + 2P + 2 · (L + G·C) · layers · 2 · kv_width
-                + d · G(L + C) · width + e · patches · width_v + f · G · V
+    held        weights, their gradients and Adam's two states where they are trained, π_ref (β > 0,
+                no copy with LoRA), and the bf16 copies that autocast keeps of fp32 linear layers
+    update      held + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
+    generation  held, less gradients, + 4 · G (L + C) · layers · kv_width
+                + d · G (L + C) · width + e · patches · width_v + f · G · V
 
 With checkpointing, the input of every layer of both towers is kept, in fp32: known, not fitted.
-P parameters, L prompt tokens, C completion tokens, V vocabulary, g rollouts at once, N = L + g · C. Bytes are those of live tensors:
-no allocator's rounding, no fragmentation, no kernels' workspaces.
+P parameters, L prompt tokens, C completion tokens, V vocabulary, g rollouts at once, N = L + g · C.
+With LoRA the frozen linear layers are stored in bf16, and nothing is kept to train them. Bytes are
+those of live tensors: no allocator's rounding, no fragmentation, no kernels' workspaces.
 """
 
 import json
@@ -26,12 +28,17 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
+import ffr  # noqa: E402
 import grpo  # noqa: E402
+import train  # noqa: E402
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, STOP = 2048, 1, 2, 3, 4, 5
 BASE = dict(G=4, frames=8, words=20, completion=32, beta=0.04)
 SWEEPS = dict(G=(2, 4, 8), frames=(4, 16), words=(200, 400), completion=(16, 128), beta=(0.0,))
 # Qwen2.5-VL-7B, and the paper's settings: 16 frames of 128 · 28 · 28 pixels, two to a token step
+WAYS = ("plain", "checkpointed", "LoRA, checkpointed")
+RANK = 16
+ADAPTERS = 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528)  # parameters of a 7B's, for each rank
 SEVEN = dict(P=8.29e9, layers=28, width=3584, kv=512, depth=32, vision=1280, V=152_064)
 PAPER = dict(G=8, prompt=8 * 128 + 200, patches=16 // 2 * 128 * 4, completion=1024)
 
@@ -121,43 +128,54 @@ def peak_of(work, optimizer, *modules):
     return mode.bytes
 
 
-def measure(width, layers, checkpointing, G, frames, words, completion, beta):
+def held(model, reference) -> dict[str, int]:
+    """Bytes that are there whatever is computed: of weights, gradients and Adam, π_ref, copies."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    copied = {p for m in linear for p in m.parameters(recurse=False) if p.dtype == torch.float32}
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.nbytes for p in trained),
+        "Adam": sum(2 * p.nbytes for p in trained),
+        "reference": sum(p.nbytes for p in reference.parameters()) if reference else 0,
+        "bf16 copies": sum(p.nbytes // 2 for p in copied),
+    }
+
+
+def measure(width, layers, way, G, frames, words, completion, beta):
     """Peaks of one update and one generation, and what the formula takes as inputs."""
     model = build(width, layers)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.eval()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    prompt = grpo.with_positions(model, prompt_of(frames, words))
-    reference = [deepcopy(model).requires_grad_(False)] if beta else []
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    prompt = ffr.with_positions(model, prompt_of(frames, words))
+    reference = None
+    if way == "LoRA, checkpointed":
+        model = train.add_adapters(model, RANK)
+        ffr.store_linears_in_bf16(model)
+    elif beta:
+        reference = deepcopy(model).requires_grad_(False)
+        ffr.store_linears_in_bf16(reference)
+    if way != "plain":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
     sampling = grpo.Sampling(1.0, 1.0, completion, (PAD,), PAD, (PAD, IMAGE, VIDEO))  # never ends
-    zeros = torch.zeros(completion)
-    done = grpo.Completion(torch.full((completion,), 9), zeros, zeros, True)
-    model = accelerator.prepare(model)
+    ids, zeros = torch.full((completion,), 9), torch.zeros(completion)
+    bytes_held = held(model, reference)
+    model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    batch = grpo.Batch({0: prompt}, [grpo.Episode(0, 0, ids, zeros, 1.0)] * G, G * completion)
+    pi_ref = model if beta and not reference else reference
 
     def update():
-        grpo.update(
-            accelerator,
-            model,
-            *(reference or [None]),
-            optimizer,
-            [grpo.Row(prompt, prompt, done, 1.0)] * G,
-            G * completion,
-            sampling,
-            beta=beta,
-        )
+        objective = grpo.Objective(beta=beta)
+        grpo.update(accelerator, model, optimizer, batch, sampling, objective, pi_ref)
 
     def generate():
         with accelerator.autocast():
-            read = grpo.prefill(model, [prompt] * G, sampling)
-            grpo.generate(model, read, [*range(G)], sampling)
+            grpo.generate(model, [prompt], [[*range(G)]], sampling)
 
     update()  # Adam's states are there from the first step on
-    P = sum(p.numel() for p in model.parameters())
-    length = prompt["input_ids"].shape[1]
+    modules = [model, *([reference] if reference else [])]
     return {
-        "P": P,
+        "held": bytes_held,
         "layers": layers,
         "width": width,
         "kv": width // 7,
@@ -165,31 +183,28 @@ def measure(width, layers, checkpointing, G, frames, words, completion, beta):
         "vision": 64,
         "V": VOCABULARY,
         "G": G,
-        "prompt": length,
+        "prompt": prompt["input_ids"].shape[1],
         "completion": completion,
         "patches": len(prompt["pixel_values_videos"]),
         "beta": beta,
-        "checkpointing": checkpointing,
-        "update": peak_of(update, optimizer, model, *reference),
-        "generation": peak_of(generate, optimizer, model, *reference),
+        "checkpointing": way != "plain",
+        "update": peak_of(update, optimizer, *modules),
+        "generation": peak_of(generate, optimizer, *modules),
     }
 
 
 def terms(x):
     """The formula's known parts in bytes, and what its coefficients multiply."""
-    cached = x["prompt"] + x["G"] * x["completion"]
+    cached = x["G"] * (x["prompt"] + x["completion"])
     once = x.get("at_once", x["G"])
     packed = x["prompt"] + once * x["completion"]  # N
-    known = (4 + 4 * (x["beta"] > 0)) * x["P"]
     inputs = [packed * x["layers"] * x["width"], x["patches"] * x["depth"] * x["vision"]]
     kept = 4 * sum(inputs) * x["checkpointing"]
+    always = sum(x["held"].values())
     return {
-        "update": (
-            known + 14 * x["P"] + kept,
-            [*inputs, once * x["completion"] * x["V"], packed**2],
-        ),
+        "update": (always + kept, [*inputs, once * x["completion"] * x["V"], packed**2]),
         "generation": (
-            known + 10 * x["P"] + 4 * cached * x["layers"] * x["kv"],
+            always - x["held"]["gradients"] + 4 * cached * x["layers"] * x["kv"],
             [cached * x["width"], x["patches"] * x["vision"], x["G"] * x["V"], x["prompt"] ** 2],
         ),
     }
@@ -214,54 +229,57 @@ def fit(points, kind):
     return coefficients.tolist(), float((A @ coefficients - b).abs().max())
 
 
+def held_of_7b(lora: bool, beta: float) -> dict[str, float]:
+    P, embedding = SEVEN["P"], SEVEN["V"] * SEVEN["width"]  # the embedding stays in fp32
+    halved = 2 * (P - embedding) + 4 * embedding
+    adapters = RANK * ADAPTERS if lora else 0
+    trained = 4 * (adapters if lora else P)
+    return {
+        "weights": halved + trained if lora else 4 * P,
+        "gradients": trained,
+        "Adam": 2 * trained,
+        "reference": halved * (beta > 0 and not lora),
+        "bf16 copies": 0.0 if lora else 2 * (P - embedding),
+    }
+
+
 def main():
     result = {"settings": {"7B": SEVEN, "paper": PAPER}, "fits": {}, "points": {}}
-    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+    for way in WAYS:
         points = []
         for width, layers in ((112, 2), (224, 4)):
             for key, values in SWEEPS.items():
                 for value in values:
-                    points.append(measure(width, layers, checkpointing, **BASE | {key: value}))
-                    print(
-                        name,
-                        width,
-                        layers,
-                        key,
-                        value,
-                        points[-1]["update"] // 10**3,
-                        points[-1]["generation"] // 10**3,
-                        "kB",
-                        flush=True,
-                    )
+                    points.append(measure(width, layers, way, **BASE | {key: value}))
+                    print(way, width, layers, key, value, points[-1]["update"] // 10**3, flush=True)
         fits = {kind: fit(points, kind) for kind in ("update", "generation")}
-        result["points"][name], result["fits"][name] = points, fits
+        result["points"][way], result["fits"][way] = points, fits
         for kind, (coefficients, error) in fits.items():
-            print(f"  {name} {kind}: {[round(c, 1) for c in coefficients]}, error ≤ {error:.1%}")
+            print(f"  {way} {kind}: {[round(c, 1) for c in coefficients]}, error ≤ {error:.1%}")
     table = {}
-    for name, fits in result["fits"].items():
-        for beta, once in ((0.04, 8), (0.04, 1), (0.0, 8)):
-            x = SEVEN | PAPER | {"beta": beta, "at_once": once, "checkpointing": name != "plain"}
-            factors = terms(x)["update"][1]
-            moving = [c * f for c, f in zip(fits["update"][0], factors)]
-            for k in (0, 1):
-                moving[k] += 4 * factors[k] * x["checkpointing"]
-            generation = [c * f for c, f in zip(fits["generation"][0], terms(x)["generation"][1])]
-            table[f"{name}, beta {beta}, {once} at once"] = {
-                k: round(v / 1e9, 1)
-                for k, v in {
-                    "weights, gradients, Adam": 16 * x["P"],
-                    "reference": 4 * x["P"] * (beta > 0),
-                    "bf16 copies": 2 * x["P"],
-                    "text activations": moving[0],
-                    "vision activations": moving[1],
-                    "logits": moving[2],
-                    "mask": moving[3],
-                    "generation": sum(generation),
-                    "one GPU": 18 * x["P"] + 4 * x["P"] * (beta > 0) + sum(moving),
-                    # parameters, gradients and Adam are split; π_ref is whole on each; no bf16 copies
-                    "8 GPUs, FSDP2": 16 * x["P"] / 8 + 4 * x["P"] * (beta > 0) + sum(moving),
-                }.items()
-            }
+    for way, beta, once in (*((way, 0.04, 8) for way in WAYS), ("checkpointed", 0.0, 8)):
+        x = SEVEN | PAPER | {"at_once": once, "checkpointing": way != "plain"}
+        x["held"] = known = held_of_7b(way.startswith("LoRA"), beta)
+        peaks = {}
+        for kind, (coefficients, _) in result["fits"][way].items():
+            always, factors = terms(x)[kind]
+            peaks[kind] = always + sum(c * f for c, f in zip(coefficients, factors))
+        moving = peaks["update"] - sum(known.values())
+        # parameters, gradients, Adam and π_ref (in fp32) are split; no copies are kept
+        whole = known["weights"] + known["gradients"] + known["Adam"]
+        spread = (whole + 4 * SEVEN["P"] * (known["reference"] > 0)) / 8
+        table[f"{way}, beta {beta}, {once} at once"] = {
+            name: round(value / 1e9, 1)
+            for name, value in {
+                "weights, gradients, Adam": whole,
+                "reference": known["reference"],
+                "bf16 copies": known["bf16 copies"],
+                "activations, logits, mask": moving,
+                "one GPU": peaks["update"],
+                "one GPU, generation": peaks["generation"],
+                "8 GPUs, FSDP2": spread + moving,
+            }.items()
+        }
     result["GB"] = table
     Path("assets/memory.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(table, indent=1))

@@ -1,10 +1,15 @@
 """Adapters in place of all weights (extra: peft): the same log-probs everywhere, π_ref without a
 copy, and a folder that peft reads."""
 
+import json
+import os
+import subprocess
+import sys
+
 import families
 import pytest
 import torch
-from conftest import sampled
+from conftest import ROOT, sampled
 from test_train import train_once
 
 import ffr
@@ -137,6 +142,16 @@ def test_wrapped_policy_keeps_its_m_rope_positions(
     assert torch.equal(a, b)
     if "mrope_section" in (plain.model.config.get_text_config().rope_parameters or {}):
         assert a.shape[:2] == (3, 1)
+
+
+def test_the_gpu_bench_runs_at_tiny_sizes_anywhere(tmp_path):
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, ROOT / "tests" / "bench_gpu.py", "--dry", file]
+    subprocess.run(command, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = json.loads(file.read_text())
+    for name in ("LoRA", "LoRA, checkpointed", "all weights, checkpointed"):
+        assert found[name]["update, shared rows"]["seconds"] > 0
+    assert found["all weights, checkpointed"]["generate"]["seconds"] > 0
 
 
 def test_without_peft_a_sentence_says_what_to_install(make_config, monkeypatch):
