@@ -7,10 +7,12 @@
     A_i, r_t, J(θ)                `group_advantages`, `ratio`, minus `grpo_loss`
     ε, β, μ                       `epsilon`, `beta`, `num_updates` of `Objective`
 
-A step is `generate`, a reward for each completion (yours), `group_advantages`, `update`.
-Sources: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4; FFR eq. J(θ); Dr. GRPO. No sibling is needed.
+A step is `generate`, a reward R̃_i for each completion (yours), `group_advantages`, `update`.
+Sources: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4; FFR (arXiv 2604.16243) eq. J(θ), whose chosen
+completions are τ̂_i; Dr. GRPO. The file works alone, with transformers from 5.24 on.
 """
 
+import os
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,13 +21,13 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import torch
-import transformers
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, TopPLogitsWarper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -70,45 +72,45 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_token(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
-    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V). `chance`
-    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p."""
+    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V).
+
+    `chance` (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p.
+    """
     logps = policy_logits(logits, sampling).log_softmax(-1)
-    ranked, order = logps.exp().sort(descending=True)
-    mass = ranked.cumsum(-1)
-    last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
-    if sampling.temperature == 0:
-        chance = torch.zeros_like(chance)
-    place = (mass <= chance * mass.gather(-1, last)).sum(-1, keepdim=True)
-    token = order.gather(-1, torch.minimum(place, last))
     entropy = -(logps.exp() * logps.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
+    nucleus = TopPLogitsWarper(sampling.top_p)(None, logps).softmax(-1)
+    mass = nucleus.cumsum(-1)
+    token = torch.searchsorted(mass / mass[:, -1:], chance, right=True)
+    if sampling.temperature == 0:
+        token = logps.argmax(-1, keepdim=True)
     return token, logps.gather(-1, token), entropy
 
 
 @torch.no_grad()
 def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampling) -> list[list]:
-    """Sample `Completion`s: for each prompt a list of as many as it has seeds.
+    """Sample completions: for each prompt a list of a `Completion` for each of its seeds.
 
     A prompt is read once. Each completion has its own seed, so it does not depend on the rest of
-    the batch. `model` is unwrapped. Another sampler is another function of this signature.
+    the batch. `model` is unwrapped; the caller autocasts. Another sampler has this signature too.
     """
     model.eval()
     batch = left_pad(prompts, sampling.pad_id)
     device, most = batch["input_ids"].device, sampling.max_completion_length
-    owner = [number for number, own in enumerate(seeds) for _ in own]
+    owner = [number for number, its_seeds in enumerate(seeds) for _ in its_seeds]
     owner = torch.tensor(owner, device=device)  # (B,) the prompt of each completion
-    sources = [torch.Generator().manual_seed(seed) for own in seeds for seed in own]
-    chances = torch.stack([torch.rand(most, 1, generator=source) for source in sources], 1)
+    sources = [torch.Generator().manual_seed(seed) for its_seeds in seeds for seed in its_seeds]
+    chances = [torch.rand(most, 1, generator=source) for source in sources]
     eos_ids = torch.tensor(sampling.eos_ids, device=device)
 
     sampled = []
     with gathered_once(model) as any_rank:
         out = model(**batch, cache=OneDtypeCache(config=model.config), logits_to_keep=1)
-        out.cache.reorder_cache(owner)
+        out.cache.reorder_cache(owner)  # a prompt's row, again for each of its completions
         logits = out.logits[owner, -1]  # (B, V)
         attention_mask = batch["attention_mask"][owner]
         position_ids = batch["position_ids"][..., owner, -1:]  # (B, 1), or (3, B, 1)
         running, lengths = torch.ones_like(owner), torch.zeros_like(owner)
-        for chance in chances.to(device):
+        for chance in torch.stack(chances, 1).to(device):  # (B, 1)
             sampled.append(sample_token(logits, chance, sampling))
             token = sampled[-1][0]  # (B, 1)
             lengths += running
@@ -181,12 +183,12 @@ def grpo_loss(
 
 # --- the update ---
 class Episode(NamedTuple):
-    """A completion to train on. Its prompts are given by number."""
+    """A completion to train on. Its prompts are numbers of `Batch.prompts`."""
 
-    question: int  # what all prompts of its group begin with
-    prompt: int  # what it answers: the question, or that with a patch
+    question: int  # the prompt that all of its group begin with
+    prompt: int  # the prompt it answers: that one, or a longer one that says more
     ids: Tensor
-    sampled_logps: Tensor | None = None
+    sampled_logps: Tensor | None = None  # as it was sampled; `update` measures the gap
     advantage: float = 0.0
     weight: float = 1.0  # 0: takes part in the calls and trains nothing
 
@@ -199,24 +201,23 @@ class Batch(NamedTuple):
 
 
 def update(accelerator, model, optimizer, batch, sampling, objective, reference=None) -> dict:
-    """`num_updates` optimizer steps on a `Batch`; `model`, `optimizer` are the accelerator's.
-
-    Returns this rank's part of `loss` and of the token means `kl` and `clipped`, which add up;
-    `grad_norm`; and `logp_gap`, how far log-probs as sampled and as scored differ at most.
-    """
+    """`num_updates` optimizer steps on a `Batch`; `model` and `optimizer` are the accelerator's,
+    `reference` is unwrapped and needed where β > 0. Returns the last step's `grad_norm` and this
+    rank's part of its `loss` and of its token means `kl` and `clipped`, which add up; `logp_gap`,
+    how far log-probs sampled and scored differ."""
+    prompts, portions = in_portions(batch, objective)
 
     def score(policy, portion: list[Episode]) -> tuple[Tensor, Tensor]:
         with accelerator.autocast():
             return batched_logps(policy, prompts, portion, sampling, objective.row_tokens)
 
-    prompts, portions = in_portions(batch, objective)
     old_logps, ref_logps, gap = [], [None] * len(portions), 0.0
     if reference is not None:  # a frozen copy; with LoRA the policy, less its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
             ref_logps = [score(reference, portion)[0] for portion in portions]
 
     for iteration in range(objective.num_updates):
-        figures = Counter()
+        figures = Counter()  # whose `update` adds
         for k, portion in enumerate(portions):
             logps, mask = score(model, portion)  # each (B, T)
             if iteration == 0:
@@ -239,7 +240,7 @@ def in_portions(batch: Batch, objective: Objective) -> tuple[dict, list[list[Epi
 
     At A_i = 0 and β = 0 there is no gradient: every rank leaves out equally many such episodes.
     """
-    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)
+    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)  # idle ones last
     idle = sum(episode.advantage == 0 and objective.beta == 0 for episode in episodes)
     episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
     episodes.sort(key=attrgetter("question", "prompt"))  # what can share a row stands together
@@ -302,18 +303,20 @@ def extend(prompt: dict, ids: Tensor) -> dict:
     return join([prompt, {key: text[key] for key in PER_TOKEN if key in prompt}], -1)
 
 
-def part_of(prompt: dict, start: int, stop: int | None, above: dict) -> dict:
-    """A prompt's tokens from `start` to `stop`, and its pixels after those that `above` has."""
+def part_of(prompt: dict, start: int, stop: int | None, less_pixels_of: dict) -> dict:
+    """A prompt's tokens from `start` to `stop`, and its pixels after those of another prompt."""
     part = {}
     for key, value in prompt.items():
-        value = value[..., start:stop] if key in PER_TOKEN else value[len(above.get(key, ())) :]
-        if key in PER_TOKEN or len(value):
-            part[key] = value
+        known = len(less_pixels_of.get(key, ()))
+        if key in PER_TOKEN:
+            part[key] = value[..., start:stop]
+        elif len(value) > known:
+            part[key] = value[known:]
     return part
 
 
 # --- what large models need of `generate` ---
-class OneDtypeCache(transformers.DynamicCache):
+class OneDtypeCache(DynamicCache):
     """Under autocast keys come in fp32, values in bf16. Attention casts the keys anyway; cast
     before they are kept, they take half the memory."""
 
@@ -352,12 +355,13 @@ def gathered_once(model):
 # One by one, eight completions of a question read its video eight times. In a row it stands once.
 # The row is a tree of segments, and a token sees the path that leads to it, up to itself:
 #
-#              q  c  τ1 τ2 τ3     q   the question, its video included, but for its last token
-#         q    ◣                  c   what a patched prompt has after what the two begin with
-#         c    ■  ◣               τ   a leaf: the last token of its prompt, and the completion but
-#         τ1   ■     ◣                for its last; so the logits here are those of its tokens
-#         τ2   ■  ■     ◣         τ1 answers q; τ2 and τ3 answer q with c. Positions are explicit,
-#         τ3   ■  ■        ◣      so τ3 does not feel that τ2 stands before it.
+#              q  τ1 c  τ2 τ3     q   the question but for its last token, with its video
+#         q    ◣                  τ   a leaf: the last token of its prompt, and the completion but
+#         τ1   ■  ◣                   for its last; so the logits here are those of its tokens
+#         c    ◧     ◣            c   what a longer prompt adds to what it has in common with q,
+#         τ2   ◧     ■  ◣             but for its last token
+#         τ3   ◧     ■     ◣      τ1 answers q; τ2 and τ3 answer q with c. Positions are explicit,
+#     ■ all, ◧ the common part    so τ3 does not feel that τ2 stands before it.
 class Row:
     """Segments, the path of columns that each one's tokens see, and the columns of the leaves."""
 
@@ -375,22 +379,22 @@ class Row:
 
 
 def build_row(prompts: dict, episodes: list[Episode]) -> Row:
-    """The tree of episodes of one group."""
+    """The tree of episodes of one group. The pixels of a longer prompt begin with the question's,
+    and the tokens that stand for these are in what the two have in common."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
-    number = episodes[0].prompt if alike else episodes[0].question
-    row, root = Row(), prompts[number]
-    paths = {number: row.add(part_of(root, 0, -1, above={}), torch.arange(0))}
+    root_number = episodes[0].prompt if alike else episodes[0].question
+    row, root = Row(), prompts[root_number]
+    paths = {root_number: row.add(part_of(root, 0, -1, {}), above=torch.arange(0))}
     for episode in episodes:
         prompt = prompts[episode.prompt]
+        length = prompt["input_ids"].shape[1]
         if episode.prompt not in paths:
-            length = min(root["input_ids"].shape[1], prompt["input_ids"].shape[1]) - 1
-            same = root["input_ids"][0, :length] == prompt["input_ids"][0, :length]
-            shared = int(same.cumprod(0).sum())
-            own = part_of(prompt, shared, -1, above=root)
-            paths[episode.prompt] = row.add(own, paths[number][:shared])
-        last = prompt["input_ids"].shape[1] - 1
-        leaf = part_of(extend(prompt, episode.ids[:-1]), last, None, above=prompt)
-        path = row.add(leaf, paths[episode.prompt])
+            tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
+            common = len(os.path.commonprefix(tokens))
+            rest = part_of(prompt, common, -1, less_pixels_of=root)
+            paths[episode.prompt] = row.add(rest, above=paths[root_number][:common])
+        leaf = part_of(extend(prompt, episode.ids[:-1]), length - 1, None, less_pixels_of=prompt)
+        path = row.add(leaf, above=paths[episode.prompt])
         row.leaves.append(path[-len(episode.ids) :])
     return row
 
@@ -406,11 +410,11 @@ def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) ->
     for _, group in groupby(episodes, attrgetter("question")):
         group = list(group)
         by_prompt = [list(same) for _, same in groupby(group, attrgetter("prompt"))]
-        for way in ([group], by_prompt, [[episode] for episode in group]):
-            planned = [build_row(prompts, some) for some in way]
+        for grouping in ([group], by_prompt, [[episode] for episode in group]):
+            planned = [build_row(prompts, sharing) for sharing in grouping]
             if max(row.length for row in planned) <= row_tokens:
                 break
-        rows += planned
+        rows += planned  # the last grouping is taken whatever its length
     return rows
 
 
@@ -438,9 +442,9 @@ def batched_logps(
         module.training = isinstance(module, GradientCheckpointingLayer)
     batch, leaf = stack_rows(plan_rows(model, prompts, episodes, row_tokens), sampling.pad_id)
     logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
-    # In chunks that are computed again backward: all logits in fp32 would be large.
+    # In the order of `episodes`; in chunks computed again backward: fp32 logits of all are large.
     chunks = zip(logits.split(1024), torch.cat([e.ids for e in episodes]).split(1024))
     flat = [checkpoint(chosen_logps, *chunk, sampling, use_reentrant=False) for chunk in chunks]
     logps = torch.cat(flat).split([len(episode.ids) for episode in episodes])
-    mask = [torch.full_like(row, episode.weight) for row, episode in zip(logps, episodes)]
+    mask = [torch.full_like(own, episode.weight) for own, episode in zip(logps, episodes)]
     return pad_sequence(logps, batch_first=True), pad_sequence(mask, batch_first=True)
