@@ -5,7 +5,10 @@
     R_fmt  1 where the response has the asked-for form           `format_reward`
     align  does the rationale cite the patch's moments (ours)    `alignment`
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
-    leak   do a teacher's words give y away (ours)               `leak`, `asks_for`
+    leak   do a teacher's words give y away (ours)               `leak`, `asks_for`, `gate`
+
+What the judgements of a step, of a run and of an evaluation add up to stands last: `summarize`,
+`summarize_run`, `accuracy`.
 
 Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1). Standard library only; imports no sibling.
 """

@@ -66,41 +66,43 @@ def test_memory_table_is_the_computed_one():
 
 def test_gpu_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "gpu.json").read_text())
-    whole, lora = found["all weights, checkpointed"], found["LoRA, checkpointed"]
-    for label, row in (
-        ("`generate`", whole["generate"]),
-        ("the bare model's calls of it", whole["bare calls of generate"]),
-        ("`update`, all weights, checkpointed", whole["update, shared rows"]),
-        ("the same, a row a rollout", whole["update, rows of their own"]),
-        ("`update`, LoRA of rank 16, checkpointed", lora["update, shared rows"]),
-        ("the same with LoRA, a row a rollout", lora["update, rows of their own"]),
-        ("`update`, LoRA, not checkpointed", found["LoRA"]["update, shared rows"]),
-    ):
-        assert f"| {label} | {row['seconds']:.2f} | {row['peak_GB']:.1f} |" in README, label
-    assert f"{whole['parameters'] / 1e9:.2f} B" in README and "out of memory" in found["LoRA"]
-    assert f"by {whole['logp_gap']:.2f} at most" in " ".join(README.split())
+    whole, words = found["all weights, checkpointed"], " ".join(README.split())
+
+    def cell(row):
+        return f"{row['seconds']:.2f} s, {row['peak_GB']:.1f} GB"
+
+    for label, way in (("all weights", whole), ("LoRA of rank 16", found["LoRA, checkpointed"])):
+        cells = [cell(way[f"update, {rows}"]) for rows in ("shared rows", "rows of their own")]
+        assert f"| `update`, {label}, checkpointed | {cells[0]} | {cells[1]} |" in README
+    shared = cell(found["LoRA"]["update, shared rows"])
+    assert f"| `update`, LoRA of rank 16 | {shared} | out of memory |" in README
+    assert "out of memory" in found["LoRA"] and f"{whole['parameters'] / 1e9:.2f} B" in README
+    assert f"`generate` takes {cell(whole['generate'])}" in words
+    assert f"own cache, {cell(whole['bare calls of generate'])}" in words
+    assert f"differ by {whole['logp_gap']:.2f} at most" in words
 
 
 def test_speed_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "speed.json").read_text())
     columns = [found["headline"], found["tiny mode"]]
+    text = (ROOT / "assets" / "speed.md").read_text(encoding="utf-8")
     for start, key in (
         ("TRL's", "vs_trl"),
         ("the released", "vs_released"),
         ("ours over", "vs_limit"),
         ("the same, a teacher", "vs_released_200ms"),
     ):
-        (row,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
         shown = re.findall(r"\| (\d+\.\d\d)", row)
         assert shown == [f"{column[key]:.2f}" for column in columns]
     for start, key in (("without shared", "tricks"), ("profile", "profile")):
-        (row,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
         for column, cell in zip(columns, row.split(" | ")[1:]):
             numbers = [*map(float, re.findall(r"[\d.]+", cell))]
             scale, skip = (100, "seconds") if key == "profile" else (1, "on")
             measured = [scale * value for name, value in column[key].items() if name != skip]
             assert numbers == pytest.approx(measured, abs=0.5 if scale > 1 else 0.0051)
-    words = " ".join(README.split())
+    words = " ".join(text.split())
     for key, last in (("G", 16), ("frames", 64), ("tokens", 512)):
         rows = [row for row in found["growth"] if key in row]
         a, b = rows[0], rows[-1]
@@ -110,6 +112,13 @@ def test_speed_table_is_the_measured_one():
             f"{a['peak_MB']:.0f} → {b['peak_MB']:.0f} MB"
             in words
         )
+    first = columns[0]
+    for said, key in (
+        ("`GRPOTrainer` takes {} times", "vs_trl"),
+        ("procedure {} times", "vs_released"),
+        ("ours {} times the bare", "vs_limit"),
+    ):
+        assert said.format(f"{first[key]:.2f}") in " ".join(README.split())
 
 
 def test_measured_run_shows_what_is_claimed():
