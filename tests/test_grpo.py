@@ -130,6 +130,14 @@ def test_top_p_keeps_the_fewest_likely_tokens():
     assert chosen.flatten().bincount().tolist() == [313, 187]  # 5 to 3, of 500 even chances
 
 
+def test_greedy_sampling_takes_the_likeliest_token_whatever_the_chance():
+    logits = torch.tensor([[0.3, 0.5, 0.2]]).log().expand(10, 3)
+    token, logps, _ = grpo.sample_token(
+        logits, torch.linspace(0, 0.99, 10)[:, None], grpo.Sampling(temperature=0.0)
+    )
+    assert (token == 1).all() and torch.allclose(logps.exp(), torch.tensor(0.5))
+
+
 def test_policy_is_the_softmax_at_the_sampling_temperature(student, questions):
     prompt, ids = questions[0].prompt, torch.tensor([5, 6, 7])
     hot = grpo.Sampling(temperature=2.0, pad_id=student.sampling.pad_id)
