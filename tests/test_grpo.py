@@ -414,3 +414,29 @@ def test_ranks_leave_out_equally_many_idle_rollouts(student, questions, accelera
     monkeypatch.setattr(grpo, "gather_object", lambda idle: [*idle, 1])
     trained(student, accelerator, prompts, done, [0.0, 0.0, 1.0, 0.0], rate=0.0)
     assert lengths == [3]
+
+
+def test_kl_is_that_to_the_reference(student, questions, accelerator):
+    """k3 of one completion, by hand, where the reference is another model."""
+    prompt = questions[0].prompt
+    (done,) = sampled(student, [prompt], [1], student.sampling)
+    reference = type(student.model)(student.model.config).eval()
+    settings = {"beta": 0.04, "reference": reference}
+    now = grpo_logps(student, prompt, done.ids).detach()
+    figures = trained(student, accelerator, [prompt], [done], [1.0], rate=0.0, **settings)
+    with torch.no_grad():
+        theirs = grpo.completion_logps(reference, prompt, done.ids, student.sampling)
+    d = theirs - now
+    assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-3) > 0.01
+
+
+def test_dropout_is_off_when_scoring(student, questions):
+    for layer in student.model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    prompt, ids = questions[0].prompt, torch.tensor([5, 6, 7])
+    student.model.train()
+    (first, _), (again, _) = (
+        scored(student.model, [prompt], [ids], student.sampling) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert torch.allclose(first[0], grpo_logps(student, prompt, ids), atol=1e-5)
