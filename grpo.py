@@ -72,10 +72,8 @@ def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_token(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
-    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V).
-
-    `chance` (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p.
-    """
+    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V). `chance`
+    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p."""
     logps = policy_logits(logits, sampling).log_softmax(-1)
     entropy = -(logps.exp() * logps.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
     nucleus = TopPLogitsWarper(sampling.top_p)(None, logps).softmax(-1)
@@ -211,7 +209,7 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
         with accelerator.autocast():
             return batched_logps(policy, prompts, portion, sampling, objective.row_tokens)
 
-    old_logps, ref_logps, gap = [], [None] * len(portions), 0.0
+    old_logps, ref_logps = [], [None] * len(portions)
     if reference is not None:  # a frozen copy; with LoRA the policy, less its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
             ref_logps = [score(reference, portion)[0] for portion in portions]
@@ -222,7 +220,6 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
             logps, mask = score(model, portion)  # each (B, T)
             if iteration == 0:
                 old_logps.append(logps.detach())  # π_old is π_θ before the first update
-                gap = max(gap, sampling_gap(portion, old_logps[k], mask))
             advantages = logps.new_tensor([episode.advantage for episode in portion])
             terms = (logps, old_logps[k], ref_logps[k], advantages, mask, batch.total_tokens)
             loss = grpo_loss(*terms, epsilon=objective.epsilon, beta=objective.beta)
@@ -232,6 +229,7 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
         norm = accelerator.clip_grad_norm_(model.parameters(), objective.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    gap = max(map(sampling_gap, portions, old_logps))
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
 
 
@@ -248,7 +246,7 @@ def in_portions(batch: Batch, objective: Objective) -> tuple[dict, list[list[Epi
     portions = [episodes[start : start + size] for start in range(0, len(episodes), size)]
     if batch.stand_in is None:
         return batch.prompts, portions
-    extra = episodes[0]._replace(question=-1, prompt=-1, advantage=0.0, weight=0.0)
+    extra = Episode(-1, -1, episodes[0].ids[:1], weight=0.0)
     return {**batch.prompts, -1: batch.stand_in}, [[*portion, extra] for portion in portions]
 
 
@@ -260,9 +258,13 @@ def measure(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon
     return {name: ((x * mask).sum() / max(total_tokens, 1)).item() for name, x in values.items()}
 
 
-def sampling_gap(portion: list[Episode], logps: Tensor, mask: Tensor) -> float:
-    sampled = pad_sequence([episode.sampled_logps for episode in portion], batch_first=True)
-    return ((sampled - logps) * mask).abs().max().item()
+def sampling_gap(portion: list[Episode], logps: Tensor) -> float:
+    gaps = [0.0]
+    for episode, scored in zip(portion, logps):
+        if episode.sampled_logps is not None:
+            gap = episode.sampled_logps - scored[: len(episode.ids)]
+            gaps.append(episode.weight * gap.abs().max().item())
+    return max(gaps)
 
 
 # --- what a prompt is to the functions above ---
@@ -387,15 +389,13 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
     paths = {root_number: row.add(part_of(root, 0, -1, {}), above=torch.arange(0))}
     for episode in episodes:
         prompt = prompts[episode.prompt]
-        length = prompt["input_ids"].shape[1]
         if episode.prompt not in paths:
             tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
             common = len(os.path.commonprefix(tokens))
             rest = part_of(prompt, common, -1, less_pixels_of=root)
             paths[episode.prompt] = row.add(rest, above=paths[root_number][:common])
-        leaf = part_of(extend(prompt, episode.ids[:-1]), length - 1, None, less_pixels_of=prompt)
-        path = row.add(leaf, above=paths[episode.prompt])
-        row.leaves.append(path[-len(episode.ids) :])
+        leaf = part_of(extend(prompt, episode.ids[:-1]), -len(episode.ids), None, prompt)
+        row.leaves.append(row.add(leaf, above=paths[episode.prompt])[-len(episode.ids) :])
     return row
 
 

@@ -222,8 +222,9 @@ def reference_policy(c: Config, accelerator, model):
         return model if c.beta > 0 else None
     reference = deepcopy(model).eval().requires_grad_(False)
     if accelerator.is_fsdp2:
-        return fsdp_utils.fsdp2_prepare_model(accelerator, reference)
-    if accelerator.mixed_precision == "bf16":
+        reference = fsdp_utils.fsdp2_prepare_model(accelerator, reference)
+        reference.set_reshard_after_forward(True)  # no backward comes that would do it
+    elif accelerator.mixed_precision == "bf16":
         ffr.store_linears_in_bf16(reference)
     return reference
 
@@ -281,8 +282,7 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
     saved = max(Path(c.out, "checkpoints").glob("[0-9]*"), default=None) if c.resume else None
     if saved:
         accelerator.load_state(str(saved))
-    names = grpo.Objective.__dataclass_fields__
-    objective = grpo.Objective(**{name: getattr(c, name) for name in names})
+    objective = grpo.Objective(**{name: getattr(c, name) for name in vars(grpo.Objective())})
     done, metrics_file = int(saved.name) if saved else 0, Path(c.out, "metrics.jsonl")
     history = data.read_rows(metrics_file, done) if accelerator.is_main_process else []
     history = broadcast_object_list([history])[0]
@@ -333,6 +333,7 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
             save_checkpoint(accelerator, c, step + 1)
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
     if accelerator.is_main_process:
+        shutil.rmtree(f"{c.out}/model", ignore_errors=True)  # weights and adapters do not mix
         student.model.save_pretrained(f"{c.out}/model", state_dict=weights)
         student.processor.save_pretrained(f"{c.out}/model")
     return history
