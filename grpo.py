@@ -122,8 +122,8 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
 
     ids, logps, entropy = (torch.cat(values, 1) for values in zip(*sampled))  # each (B, T)
     groups = [[] for _ in prompts]
-    for k, n in enumerate(lengths.tolist()):
-        done = Completion(ids[k, :n], logps[k, :n], entropy[k, :n], finished=not running[k])
+    for k, (n, unended) in enumerate(zip(lengths.tolist(), running.tolist())):
+        done = Completion(ids[k, :n], logps[k, :n], entropy[k, :n], finished=not unended)
         groups[owner[k]].append(done)
     return groups
 
@@ -234,10 +234,8 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
 
 
 def in_portions(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
-    """The prompts, and the episodes in portions of `rollouts_at_once`, whose gradients add up.
-
-    At A_i = 0 and β = 0 there is no gradient: every rank leaves out equally many such episodes.
-    """
+    """The prompts, and the episodes in portions of `rollouts_at_once`, whose gradients add up. At
+    A_i = 0 and β = 0 there is no gradient: every rank leaves out equally many such episodes."""
     episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)  # idle ones last
     idle = sum(episode.advantage == 0 and objective.beta == 0 for episode in episodes)
     episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
@@ -422,15 +420,17 @@ def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
     """Rows as a batch of inputs (R, N), and which of its tokens are of leaves (R, N)."""
     batch = left_pad([join(row.segments, -1) for row in rows], pad_id)
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
-    sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)
     leaf = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+    for k, row in enumerate(rows):
+        leaf[k, torch.cat(row.leaves) + length - row.length] = True
+    if all(len(row.leaves) == 1 for row in rows):
+        return batch, leaf  # plain causal attention, by any kernel
+    sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)
     for k, row in enumerate(rows):
         for path in row.paths:
             path = path.to(device) + length - row.length
             sees[k, path[:, None], path] = path[:, None] >= path
-        leaf[k, torch.cat(row.leaves) + length - row.length] = True
-    if any(len(row.leaves) > 1 for row in rows):
-        batch["attention_mask"] = sees[:, None]  # else plain causal, for any attention kernel
+    batch["attention_mask"] = sees[:, None]
     return batch, leaf
 
 
