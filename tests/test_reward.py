@@ -41,6 +41,12 @@ from reward import (
         ("regression", "5.04", "4.2", 0.8, False),
         ("regression", "no idea", "4.2", 0, False),
         ("regression", "0", "0", 1, True),
+        ("numerical", "3,5", "35", 0, False),
+        ("numerical", "−5", "-5", 1, True),  # the typographic minus
+        ("numerical", "5", "-5", 0, False),
+        ("regression", "-4.2", "-4.2", 1, True),  # a reference below 0
+        ("regression", "-4.62", "-4.2", 0.9, True),
+        ("regression", "4.2", "-4.2", 0, False),
         ("exact", " Red  blue. ", "red blue", 1, True),
         ("exact", "red", "red blue", 0, False),
     ],
@@ -90,6 +96,10 @@ def test_last_answer_is_judged():
 def test_moments_need_a_unit_of_time():
     text = "At <3.2 seconds> 4 cats, then 5s, from 6 to 8 seconds, at 1:05 and <1.0 seconds> to <2.0 seconds>"
     assert sorted(cited_moments(text)) == [(1, 2), (3.2, 3.2), (5, 5), (6, 8), (65, 65)]
+
+
+def test_a_moment_may_be_cited_from_its_end():
+    assert cited_moments("from 8 to 6 s") == [(6, 8)]
 
 
 def test_alignment_is_f1_of_cited_moments():

@@ -191,6 +191,50 @@ def test_malformed_reply_is_a_teacher_error(text):
     assert isinstance(error, TeacherError) and error.cause == "malformed"
 
 
+def test_pictures_are_of_the_case_s_own_video():
+    class Blue(Clip):
+        def frame(self, index):
+            return Image.new("RGB", (100, 50), (0, 0, 200))
+
+    for video, colour in ((Clip(), 0), (Blue(), 200)):
+        chat = brain("TOOL_CALL: get_frame(4)", patch_json())
+        diagnose([make_case(video=video)], chat, num_frames=1)
+        opening, answered = chat.seen[0][0][1]["content"], chat.seen[1][0][-1]["content"]
+        for part in (opening[2], answered[1]):
+            assert abs(image_of(part).getpixel((5, 5))[2] - colour) < 4
+
+
+def test_after_a_leak_the_words_of_regions_go_too():
+    region = {"frame": 4, "box": [0, 0, 0.5, 0.5], "what": "the book"}
+    stubborn = brain(patch_json(regions=[region]), patch_json(regions=[region]))
+    (patch,) = diagnose([make_case()], stubborn)
+    assert [region.what for region in patch.regions] == [""] and patch.guidance == ""
+
+
+def test_a_turn_has_four_tool_calls_at_most():
+    chat = brain("TOOL_CALL: get_frame(1)\n" * 9, patch_json())
+    (patch,) = diagnose([make_case()], chat)
+    assert patch.transcript == ["get_frame(1)"] * 4
+
+
+def test_a_span_may_be_written_from_its_end():
+    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[6, 4]])))
+    assert patch.spans == [(4, 6)]
+
+
+def test_half_a_cache_entry_is_never_found(tmp_path, monkeypatch):
+    """A writer that dies in the middle leaves nothing under the entry's name."""
+    write = teacher.Path.write_text
+
+    def dies(file, text, **more):
+        write(file, text[: len(text) // 2], **more)
+        raise OSError("killed")
+
+    monkeypatch.setattr(teacher.Path, "write_text", dies)
+    diagnose([make_case()], brain(patch_json()), cache=str(tmp_path))
+    assert not [file for file in tmp_path.iterdir() if not file.suffix]
+
+
 def test_one_case_fails_alone():
     def chat(talks, seconds):
         return [TeacherError("busy"), (patch_json(), 0), ("prose", 0)][: len(talks)]
@@ -251,8 +295,30 @@ def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
     talks = [teacher.first_messages(case, True, n) for case, n in zip(cases, (2, 4, 3))]
     replies = chat(talks, 60.0)
     assert len(replies) == 3 and all(0 < tokens <= 5 for _, tokens in replies)
-    assert chat(talks[1:2], 60.0)[0] == replies[1]  # padding changes nothing
+    for k in (0, 1):  # the shortest and the longest: padding changes nothing
+        assert chat(talks[k : k + 1], 60.0)[0] == replies[k]
     assert [e.cause for e in diagnose(cases, chat)] == ["malformed"] * 3
+
+
+def test_local_batch_is_padded_on_the_left(student, monkeypatch):
+    """The next token follows the last column: padding there would stand before the answer."""
+    masks, generate = [], student.model.generate
+    monkeypatch.setattr(
+        student.model,
+        "generate",
+        lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs),
+    )
+    texts = ("hi", "a much longer talk")
+    talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+    teacher.local(student.model, student.processor, max_tokens=2)(talks, 60.0)
+    assert masks[0][:, -1].all() and not masks[0][0, 0]
+
+
+def test_local_brain_stops_in_time(student):
+    chat = teacher.local(student.model, student.processor, max_tokens=20_000)
+    began = time.time()
+    ((_, tokens),) = chat([[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]], 1.0)
+    assert 0 < tokens < 20_000 and time.time() - began < 1.5
 
 
 @pytest.mark.parametrize(
