@@ -33,6 +33,9 @@ from tqdm import tqdm
 TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
 
 
+FIELDS = {"problem_id", "problem", "problem_type", "solution", "path", "options", "data_type"}
+
+
 class DataError(ValueError):
     """A data file, record or video that cannot be used; the message says which and what to do."""
 
@@ -49,6 +52,7 @@ class Sample:
     path: str  # of the video file
     source: str = ""
     truth: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)  # the fields that are not ours, for teacher's tools
 
 
 def need(fine: object, problem: str) -> None:
@@ -117,6 +121,7 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
+    more = {name: value for name, value in record.items() if name not in (*FIELDS, *truth)}
     return Sample(
         str(record.get("problem_id", where)),
         record["problem"],
@@ -126,6 +131,7 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
         str(video),
         str(record.get("data_source", "")),
         truth,
+        more,
     )
 
 

@@ -315,7 +315,8 @@ def stand_in(student: Student, question: Question) -> dict:
 def case_of(question: Question, response: str) -> Case:
     """S_i = (x, y, τ_i), what the teacher is given."""
     x = question.sample
-    return Case(x.id, x.question, x.options, x.answer, response, question.video)
+    given = (x.id, x.question, x.options, x.answer, response, question.video)
+    return Case(*given, x.problem_type, x.record)
 
 
 def _seed(*parts) -> int:

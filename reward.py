@@ -333,6 +333,12 @@ def gate(patch, case) -> str | None:
     return leak(words, case.question, case.options, case.answer)
 
 
+def answers(reply: str, case) -> bool:
+    """Whether a brain that was asked a case's question, in the blind test, answers it right."""
+    said = reply if "<answer>" in reply else f"<answer>{reply}</answer>"
+    return score(said, case.answer, case.problem_type).correct
+
+
 # --- what judgements add up to ---
 def describe(question, r) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""

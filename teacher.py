@@ -1,51 +1,68 @@
-"""The frozen, tool-using teacher T: it finds what a failed rollout missed and returns a patch.
+"""The frozen teacher T, which looks at the video through tools: it finds what a failed rollout
+missed and returns an evidence patch.
 
-    S_i = (x, y, τ_i)   `Case`            T       `diagnose` around a *brain* and a *gate*
-    c_i, e_i            `EvidencePatch`   brain   `Chat`: `remote`, `local`, or any such function
+    S_i = (x, y, τ_i)   `Case`
+    c_i, e_i            `EvidencePatch` and its `error_type`
+    T                   `diagnose`: for each case a `Conversation` of a brain with the tools
+    brain               any `Chat`: `remote`, `local`, or a function of your own
 
-A conversation is OpenAI chat messages, pictures as JPEG in data URLs. FFR §Find, §Fix, app. B."""
+A conversation is a list of OpenAI chat messages, pictures as JPEG in data URLs. Sources: FFR §Find,
+§Fix, app. B; the sizes of a patch and the blind test in code are ours. Imports no sibling."""
 
+import asyncio
 import base64
+import inspect
 import json
 import os
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sized
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from email.utils import mktime_tz, parsedate_tz
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock, Thread, get_ident
+from typing import Annotated, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import transformers
-from huggingface_hub import InferenceClient
+import yaml
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
-TOOLS = {
-    "get_frame": ("frame_index",),
-    "zoom_region": ("frame_index", "x1", "y1", "x2", "y2"),
-    "get_temporal_segment": ("start_frame", "end_frame", "stride"),
-}
-MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # a patch is minimal
-MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; per turn, tool calls; frames of a segment
+MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # of a patch; share of the clip
+MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; tool calls a turn; frames of a segment
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
-MAX_TRIES, BACKOFF = 4, 1.0  # of a request; seconds before the second, doubled from then on
+MAX_TRIES = 4  # of a request
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
-LOCK = threading.Lock()  # a video reader, and the books, serve one thread at a time
+LOCK = Lock()  # a video reader, and the books, serve one thread at a time
+
+
+@dataclass
+class Settings:
+    """How the teacher is asked: train.py's flags."""
+
+    teacher: Annotated[Literal["scripted", "local", "remote"], "the teacher's brain"] = "scripted"
+    teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""
+    teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
+    teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
+    teacher_batch: Annotated[int, "conversations at a time, local (ours)"] = 8
+    teacher_workers: Annotated[int, "diagnoses at a time per process, remote (ours)"] = 8
+    teacher_max_tokens: Annotated[int, "of a reply (ours)"] = 2048
+    teacher_timeout: Annotated[float, "seconds that a diagnosis may take (ours)"] = 240.0
+    teacher_step_timeout: Annotated[float, "seconds for all diagnoses of a step (ours)"] = 480.0
+    teacher_cache: Annotated[str, "folder of replies; without a url they are replayed (ours)"] = ""
+    teacher_sees_answer: Annotated[bool, "False: the paper's 'no GT reference'"] = True
+    blind_test: Annotated[bool, "a model reads each patch's words without the video (ours)"] = True
 
 
 @dataclass
 class Case:
-    """S_i: one failed rollout's question x, reference y and response τ_i."""
+    """S_i: one failed rollout's question x, reference answer y and response τ_i."""
 
     id: str
     question: str
@@ -53,9 +70,13 @@ class Case:
     answer: str
     response: str
     video: Sized  # a hashable clip: len(), `seconds(i)` and `frame(i)` of an original frame
+    problem_type: str = "free-form"
+    record: dict = field(default_factory=dict, repr=False)  # its other fields, for tools
 
 
 class Region(NamedTuple):
+    """A box in a frame, and in a few words what to look at there."""
+
     frame: int
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in 0–1
     what: str = ""
@@ -97,9 +118,7 @@ back the least evidence that lets it see that; it then answers again. Errors are
 - spatial: it looked at the right moment but missed or misread an object, a place, a detail
 - misconception: it saw the right thing but misunderstood the question or reasoned wrongly
 Look before you judge. To use a tool, write a line (frames are counted from 0, boxes lie in 0-1):
-TOOL_CALL: get_frame(frame_index)
-TOOL_CALL: zoom_region(frame_index, x1, y1, x2, y2)
-TOOL_CALL: get_temporal_segment(start_frame, end_frame, stride=1)
+{tools}
 When you know, reply with exactly this and no tool call:
 <think>your diagnosis</think><answer>{"error_classification": "temporal", "evidence_patch":
 {"content": "one or two sentences", "key_frames": [12], "temporal_markers": [[10, 14]],
@@ -116,15 +135,20 @@ open" says closed). The same holds for each "what".
 Bad: "The hand puts down the book." Good: "Follow the right hand until it lets go."
 Bad: "There are three cups." Good: "Go through the table from end to end, behind the jug too."
 Blind test: someone who has not seen the video must not be able to answer from your words."""
+BLIND = """\
+Answer a question about a video that you cannot see; where you cannot know it, guess.
+{question}
+{words}
+Reply <answer>…</answer>, with the letter of an option, one number, or as few words as will do."""
 
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
     """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
-    last, end = len(case.video) - 1, case.video.seconds(len(case.video) - 1)
+    last = len(case.video) - 1
     known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines = [
         f"Case: {case.id}",
-        f"The video has {last + 1} frames, the last at {end:.1f} s.",
+        f"The video has {last + 1} frames, the last at {case.video.seconds(last):.1f} s.",
         f"Question: {case.question}",
         *case.options,
         *known,
@@ -132,309 +156,606 @@ def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]
         case.response,
         "Frames of the video:",
     ]
-    shown = sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)})
-    content = [_text("\n".join(lines)), *(x for k in shown for x in _picture(case.video, k))]
-    return [{"role": "system", "content": [_text(SYSTEM)]}, {"role": "user", "content": content}]
+    content = [text_part("\n".join(lines))]
+    for index in sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}):
+        content += picture_parts(case.video, index)
+    return [system_message(), {"role": "user", "content": content}]
 
 
-def _text(text: str) -> dict:
-    return {"type": "text", "text": _plain(text)}
+def system_message() -> dict:
+    tools = "\n".join(f"TOOL_CALL: {name}{signature(name)}" for name in TOOLS)
+    return {"role": "system", "content": SYSTEM.replace("{tools}", tools)}
 
 
-def _plain(text: str) -> str:
+def blind_messages(case: Case, words: str) -> list[dict]:
+    """The blind test: the question and a patch's words, or none, but nothing of the video."""
+    said = f"Someone who has seen it says: {words}" if words else ""
+    text = BLIND.replace("{words}", said)
+    text = text.replace("{question}", "\n".join([case.question, *case.options]))
+    return [{"role": "user", "content": [text_part(text)]}]
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": plain(text)}
+
+
+def plain(text: str) -> str:
     """Without what some tokenizer could take for a special token, and without lone surrogates."""
     return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
-def _picture(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
-    """A frame, or a crop of it at native size, of MAX_PIXELS at most: its label and its pixels."""
-    if (index, box) not in (made := PICTURES.setdefault(video, {})):
+def picture_parts(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
+    """A frame, or a crop of it at native size, as chat parts: its label and its pixels."""
+    made = PICTURES.setdefault(video, {})
+    if (index, box) not in made:
         image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
         if box:
             image = image.crop(Region(index, box).corners(image))
             label += ", region " + " ".join(f"{v:.2f}" for v in box)
-        shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
-        image = image.convert("RGB").resize([max(28, int(side / shrink)) for side in image.size])
-        image.save(file := BytesIO(), "JPEG", quality=90)
-        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        made[index, box] = [_text(label), {"type": "image_url", "image_url": {"url": url}}]
+        picture = {"type": "image_url", "image_url": {"url": data_url(image)}}
+        made[index, box] = [text_part(label), picture]
     return made[index, box]
 
 
-def run_tool(name: str, arguments: str, video: Sized) -> list[dict]:
-    """Execute a tool call on the original video; returns labels and images as chat parts. Arguments
-    are read as numbers, never evaluated. Raises ValueError, a sentence for the teacher."""
-    if name not in TOOLS:
-        raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
-    names, values = TOOLS[name], {"stride": 1} if name == "get_temporal_segment" else {}
-    for position, text in enumerate(filter(None, map(str.strip, arguments.split(",")))):
-        key, _, value = text.rpartition("=")
-        values[key.strip() or "".join(names[position : position + 1])] = value
-    if set(values) != set(names):
-        raise ValueError(f"{name} takes ({', '.join(names)})")
-    if name != "get_temporal_segment":
-        box = _box([values[corner] for corner in names[1:]]) if name == "zoom_region" else None
-        return _picture(video, _index(values["frame_index"], video), box)
-    start, end, stride = (_index(values[key], video) for key in names)
-    indices = range(start, end + 1, max(1, stride))
+def data_url(image: Image.Image) -> str:
+    file = BytesIO()
+    image.convert("RGB").resize(shown_size(image)).save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """In pixels: MAX_PIXELS at most, and no side that is too thin for a processor."""
+    shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
+    return max(28, int(image.width / shrink)), max(28, int(image.height / shrink))
+
+
+# --- the tools: functions of the case and of what the teacher writes, which return chat parts ---
+def get_frame(case, frame_index):
+    return picture_parts(case.video, frame_number(frame_index, case.video))
+
+
+def zoom_region(case, frame_index, x1, y1, x2, y2):
+    index = frame_number(frame_index, case.video)
+    size = shown_size(case.video.frame(index))
+    return picture_parts(case.video, index, read_box([x1, y1, x2, y2], size))
+
+
+def get_temporal_segment(case, start_frame, end_frame, stride=1):
+    start, end, step = (frame_number(v, case.video) for v in (start_frame, end_frame, stride))
+    indices = range(start, end + 1, max(1, step))
     if not 0 < len(indices) <= MAX_SEGMENT:
         raise ValueError(f"that is {len(indices)} frames; ask for 1 to {MAX_SEGMENT}, use stride")
-    return [part for index in indices for part in _picture(video, index)]
+    return [part for index in indices for part in picture_parts(case.video, index)]
 
 
-def _index(value, video: Sized) -> int:
-    if not 0 <= float(value) < len(video):  # nan and inf too; ValueError, TypeError: no number
+TOOLS = {tool.__name__: tool for tool in (get_frame, zoom_region, get_temporal_segment)}
+
+
+def signature(name: str) -> str:
+    """A tool's arguments, as the prompt shows them: all but the case."""
+    return re.sub(r"^\(case(, )?", "(", str(inspect.signature(TOOLS[name])))
+
+
+def read_calls(text: str) -> list[tuple[str, str]]:
+    """The name and the arguments of each tool call, written as a line or as JSON."""
+    line = r"TOOL[_ ]CALL\W*(\w+)\s*\(([^()]*)\)"
+    as_json = r'"name"\s*:\s*"(\w+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{[^{}]*\})'
+    return [(a or c, b or d) for a, b, c, d in re.findall(f"{line}|{as_json}", text, re.IGNORECASE)]
+
+
+def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
+    """Execute a tool call on the original video. Arguments are taken as text, never evaluated.
+    Raises ValueError, a sentence for the teacher."""
+    if name not in TOOLS:
+        raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
+    found = re.findall(r"(?:[\"']?(\w+)[\"']?\s*[=:]\s*)?([^\s,=:\[\]{}]+)", arguments)
+    positional = [value.strip("\"'") for key, value in found if not key]
+    named = {key: value.strip("\"'") for key, value in found if key}
+    try:
+        bound = inspect.signature(TOOLS[name]).bind(case, *positional, **named)
+    except TypeError as error:
+        raise ValueError(f"{name} takes {signature(name)}: {error}") from error
+    return TOOLS[name](*bound.args, **bound.kwargs)
+
+
+def frame_number(value, video: Sized) -> int:
+    if not 0 <= float(value) < len(video):  # nan and inf too
         raise ValueError(f"there is no frame {value}, only 0 to {len(video) - 1}")
     return int(float(value))
 
 
-def _box(values) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = map(float, values)
+# --- reading a patch: forgiving, as models write it in many ways ---
+def parse_patch(text: str, video: Sized) -> EvidencePatch:
+    """Read the evidence in a reply; a region or moment that cannot be read is left out. Raises
+    TeacherError("malformed") where nothing can."""
+    try:
+        reply = read_json(text)
+        evidence = reply.get("evidence_patch", reply)
+        patch = EvidencePatch("spatial", read_words(evidence.get("content")))
+        patch.key_frames = read_frames(evidence.get("key_frames"), video)
+        patch.spans = read_spans(evidence.get("temporal_markers"), video)
+        regions = evidence.get("spatial_regions") or []
+        for region in regions if isinstance(regions, list) else [regions]:
+            with suppress(*BAD_DATA, OSError):
+                patch.regions.append(read_region(region, patch.key_frames, video))
+        kind = str(reply.get("error_classification")).lower()
+    except (*BAD_DATA, yaml.YAMLError) as error:
+        raise TeacherError("malformed", plain(f"{error} in: {text[-200:]}")) from error
+    if is_empty(patch):
+        raise TeacherError("malformed", plain(f"an empty patch: {text[-200:]}"))
+    guess = "spatial" if patch.regions else "temporal"  # of a type that is not ours
+    patch.error_type = next((known for known in ERROR_TYPES if known in kind), guess)
+    return limit_patch(patch, len(video))
+
+
+def is_empty(patch: EvidencePatch) -> bool:
+    return not (patch.guidance or patch.key_frames or patch.spans or patch.regions)
+
+
+def without_words(patch: EvidencePatch) -> EvidencePatch:
+    return replace(patch, guidance="", regions=[r._replace(what="") for r in patch.regions])
+
+
+def read_json(text: str) -> dict:
+    """The object that holds the patch, with prose, braces and fences around it. YAML takes what
+    JSON does not: single quotes, trailing commas, line breaks in a text, # comments."""
+    key = re.search("error_classification|evidence_patch|key_frames", text)
+    body = text[max(0, text.rfind("{", 0, key.start() if key else None)) : text.rfind("}") + 1]
+    try:
+        found = json.JSONDecoder(strict=False).raw_decode(body)[0]
+    except ValueError:
+        body = re.sub(r"/\*.*?\*/|(?<![:\w])//[^\n]*|\t", " ", body, flags=re.DOTALL)
+        found = next(yaml.load_all(body, yaml.BaseLoader), None)
+    if not isinstance(found, dict):
+        raise ValueError("there is no JSON object")
+    return found
+
+
+def read_words(value, most: int = MAX_WORDS) -> str:
+    """At most so many words, without brackets that could spell a student's special token."""
+    text = value if isinstance(value, str) else " ".join(map(str, value or []))
+    return " ".join(re.sub(r"[<>\[\]]", " ", plain(text[: 15 * most])).split()[:most])
+
+
+def read_frames(value, video: Sized) -> list[int]:
+    """The frames that a text, number, list or dict names: 12, "frame 12", "0:01", "3.5 s". One past
+    the end is the last; what else lies outside of the video is left out."""
+    clock, number = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)", r"(?<![\w.])(-?\d+(?:\.\d+)?)"
+    frames, last = [], len(video) - 1
+    for found in re.findall(rf"{clock}|{number}(\s*s(?:ec(?:ond)?s?)?\b)?", str(value)):
+        hours, minutes, seconds, plain_number, unit = found
+        if seconds or unit:
+            at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or plain_number)
+            nearest = min(range(last + 1), key=lambda k: abs(video.seconds(k) - at))
+            frames += [nearest] if at <= video.seconds(last) + 1 else []
+        elif 0 <= float(plain_number) <= last + 1:
+            frames.append(min(int(float(plain_number)), last))
+    return list(dict.fromkeys(frames))
+
+
+def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
+    """First and last frame of each moment; a flat pair is one moment."""
+    markers = markers if isinstance(markers, list) else [markers]
+    named = [read_frames(marker, video) for marker in markers]
+    flat = not any(isinstance(marker, (list, dict)) for marker in markers)
+    if flat and [len(frames) for frames in named] == [1, 1]:
+        named = [named[0] + named[1]]
+    return [(min(frames), max(frames)) for frames in named if frames]
+
+
+def read_region(region: dict, key_frames: list[int], video: Sized) -> Region:
+    """A region whose box and label go by one of the usual names. Raises KeyError, ValueError."""
+    frames = read_frames(region.get("frame", region.get("frame_index", key_frames)), video)
+    box = next(region[key] for key in ("box", "bbox", "bbox_2d") if key in region)
+    what = region.get("what") or region.get("label") or region.get("description")
+    size = shown_size(video.frame(frames[0]))
+    return Region(frames[0], read_box(box, size), read_words(what, 8))
+
+
+def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, where
+    it does not fit in there, in 0–1000. Raises ValueError."""
+    corners = [float(number) for number in re.findall(r"(?<!\w)-?[\d.]+", str(value))]
+    if len(corners) != 4:
+        raise ValueError(f"the box {value} needs four numbers")
+    in_pixels = corners[2] <= size[0] and corners[3] <= size[1]
+    scale = (1, 1) if max(corners) <= 1 else size if in_pixels else (1000, 1000)
+    x1, y1, x2, y2 = (corner / side for corner, side in zip(corners, scale * 2))
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
-        raise ValueError(f"the box {values} needs 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+        raise ValueError(f"the box {value} needs 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
     return x1, y1, x2, y2
 
 
-def parse_patch(text: str, video: Sized) -> EvidencePatch:
-    """Read the teacher's JSON and cut it to size. Raises TeacherError("malformed")."""
-    body = text.rpartition("<answer>")[2]
-
-    def words(value, most: int) -> str:  # without brackets that spell a student's special token
-        value = re.sub(r"[<>\[\]]", " ", _plain(str(value or "")))[: 15 * most]
-        return " ".join(value.split()[:most])
-
-    try:
-        reply = json.loads(body[body.find("{") : body.rfind("}") + 1])
-        evidence, kind = reply["evidence_patch"], str(reply["error_classification"]).lower()
-        patch = EvidencePatch(next(error_type for error_type in ERROR_TYPES if error_type in kind))
-        patch.guidance = words(evidence.get("content"), MAX_WORDS)
-        frames, spans = evidence.get("key_frames") or [], evidence.get("temporal_markers") or []
-        if isinstance(frames, str) or str in map(type, spans := spans[:MAX_FRAMES]):
-            raise TypeError("a text where a list of frames belongs")
-        patch.key_frames = list(dict.fromkeys(_index(k, video) for k in frames))[:MAX_FRAMES]
-        patch.spans = [tuple(sorted((_index(a, video), _index(b, video)))) for a, b in spans]
-        patch.regions = [
-            Region(_index(r["frame"], video), _box(r["box"]), words(r.get("what"), 8))
-            for r in (evidence.get("spatial_regions") or [])[:MAX_REGIONS]
-        ]
-    except (*BAD_DATA, StopIteration) as error:
-        raise TeacherError("malformed", _plain(str(error))) from error
-    # Together the spans are at most MAX_SHARE of the clip, or they shrink to their middles.
-    keep = min(1.0, MAX_SHARE * len(video) / max(sum(b - a + 1 for a, b in patch.spans), 1))
-    sizes = [(a + b, max(1, int((b - a + 1) * keep))) for a, b in patch.spans]
-    return replace(patch, spans=[((ab - n + 1) // 2, (ab + n - 1) // 2) for ab, n in sizes])
+def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
+    """Minimal evidence: the first few of everything, and moments of at most MAX_SHARE of the clip's
+    `num_frames` together, or they shrink to their middles."""
+    spans = patch.spans[:MAX_FRAMES]
+    length = sum(last - first + 1 for first, last in spans)
+    keep = min(1.0, MAX_SHARE * num_frames / max(length, 1))
+    shrunk = []
+    for first, last in spans:
+        size = max(1, int((last - first + 1) * keep))
+        start = (first + last - size + 1) // 2
+        shrunk.append((start, start + size - 1))
+    frames, regions = patch.key_frames[:MAX_FRAMES], patch.regions[:MAX_REGIONS]
+    return replace(patch, key_frames=frames, spans=shrunk, regions=regions)
 
 
-# --- Find and Fix: all failures of a step together ---
+# --- Find and Fix ---
+class Conversation:
+    """One case's talk with a brain: send it `messages`, hand its reply to `advance`, until there is
+    an `outcome`. What cannot be read and words that give y away are asked for once more; the second
+    time the one is an error, the other is left out of the patch."""
+
+    def __init__(self, case: Case, gate: Gate, show_answer: bool, num_frames: int, right=None):
+        self.case, self.gate, self.right = case, gate, right
+        self.outcome: EvidencePatch | TeacherError | None = None
+        self.transcript, self.refusals = [], []
+        try:
+            self.messages = first_messages(case, show_answer, num_frames)
+        except (ValueError, RuntimeError, OSError) as error:
+            self.messages, self.outcome = [], TeacherError("video", str(error))
+        self.steps = self.talk(self.messages)
+        next(self.steps)
+
+    def advance(self, reply: Reply) -> None:
+        if isinstance(reply, TeacherError):
+            self.outcome = reply
+            self.steps.close()
+            return
+        try:
+            self.messages = self.steps.send(reply[0])
+        except StopIteration as end:
+            self.outcome = end.value
+
+    def talk(self, messages: list[dict]):
+        """Yields what to send, is sent the brain's words, returns the outcome."""
+        slips = 0
+        for turn in range(1, MAX_TURNS + 1):
+            said = yield messages
+            text = re.sub(r"^.*?</think>", "", said, count=1, flags=re.DOTALL)
+            calls = read_calls(text)[:MAX_CALLS]
+            if calls:
+                back = self.use_tools(calls)
+            else:
+                try:
+                    patch = parse_patch(text, self.case.video)
+                    reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
+                    if not reason:
+                        return self.sign(patch)
+                    self.refusals.append(reason)
+                    patch, problem = without_words(patch), TeacherError("leak", reason)
+                except TeacherError as slip:
+                    slips, patch, problem = slips + 1, None, TeacherError(slip.cause, slip.detail)
+                if slips > 1 or len(self.refusals) > 1 or turn == MAX_TURNS:
+                    return problem if patch is None or is_empty(patch) else self.sign(patch)
+                back = [text_part(f"{problem}. Only direct attention; reply again in that form.")]
+            said = {"role": "assistant", "content": [text_part(said)]}
+            messages = [*messages, said, {"role": "user", "content": back}]
+        return TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+
+    def sign(self, patch: EvidencePatch) -> EvidencePatch:
+        return replace(patch, transcript=self.transcript, refusals=self.refusals)
+
+    def use_tools(self, calls: list[tuple[str, str]]) -> list[dict]:
+        parts = []
+        for name, arguments in calls:
+            self.transcript.append(f"{name}({arguments})")
+            try:
+                parts += run_tool(name, arguments, self.case)
+            except (*BAD_DATA, OSError) as error:
+                parts.append(text_part(f"{name} failed: {error}"))
+                self.transcript[-1] += f" failed: {error}"
+        return parts
+
+    def read_blind(self, patch: EvidencePatch):
+        """Ask the brain with the patch's words alone; returns why they tell too much."""
+        words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
+        if self.right and words:
+            guess = yield blind_messages(self.case, words)
+            if self.right(guess, self.case):
+                return "the question can be answered from the words, without the video"
+
+
 def diagnose(
     cases: list[Case],
-    chat: Chat | None,
+    chat: Chat,
     gate: Gate,
-    show_answer=True,
-    num_frames=16,
-    timeout=300.0,
-    step_timeout=900.0,
-    workers=0,
-    cache="",
-    brain="",
+    settings: Settings = Settings(teacher_workers=0),
+    num_frames: int = 16,
+    right: Callable[[str, Case], bool] | None = None,
+    alone: dict[str, bool] | None = None,
     spent: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """A patch for each case, or why there is none. With `workers` 0 all cases share one batch per
-    turn, else so many go at a time. One may take `timeout` seconds, all `step_timeout`. `cache`: a
-    folder of replies by all the brain is shown and by `brain`, its name; no `chat`: replay."""
-    end, spent, found = time.monotonic() + step_timeout, Counter() if spent is None else spent, {}
-    loops = {repr(case): _tool_loop(case, gate, show_answer, num_frames, spent) for case in cases}
+    """A patch for each case, or why there is none. With `teacher_workers` 0 all cases share a batch
+    a turn, else so many go at a time. `right` (does a reply answer the case?) asks for the blind
+    test; `alone` remembers which questions the brain answers without any words, by case id."""
+    end = time.monotonic() + settings.teacher_step_timeout
+    alone = {} if alone is None else alone
+    chat = with_deadline(chat)
+    if right:
+        new = {case.id: case for case in cases if case.id not in alone}
+        replies = chat([blind_messages(case, "") for case in new.values()], end - time.monotonic())
+        for case, reply in zip(new.values(), replies):
+            alone[case.id] = isinstance(reply, tuple) and right(reply[0], case)
 
-    def work(keys: list[str]) -> None:
-        stop, replies = min(end, time.monotonic() + timeout), dict.fromkeys(keys)
-        while replies:
-            talks = {}
-            for key, reply in replies.items():
-                step = loops[key].throw if isinstance(reply, TeacherError) else loops[key].send
-                try:
-                    with LOCK:
-                        talks[key] = step(reply)
-                except (StopIteration, TeacherError) as last:  # the loop returned, or gave up
-                    found[key] = getattr(last.with_traceback(None), "value", last)
-            replies = dict(zip(talks, _ask([*talks.values()], chat, stop, cache, brain, spent)))
+    talks = {}
+    for case in cases:
+        test = None if not right or alone[case.id] else right
+        shown = (settings.teacher_sees_answer, num_frames)
+        talks[repr(case)] = Conversation(case, gate, *shown, test)  # equal failures share one
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        list(pool.map(work, [[key] for key in loops] if workers else [[*loops]]))
-    return [found[repr(case)] for case in cases]
+    def converse(waiting: list[Conversation]) -> None:
+        stop = min(end, time.monotonic() + settings.teacher_timeout)
+        while waiting:
+            replies = chat([talk.messages for talk in waiting], stop - time.monotonic())
+            for talk, reply in zip(waiting, replies):
+                with LOCK:
+                    talk.advance(reply)
+            waiting = [talk for talk in waiting if talk.outcome is None]
 
-
-def _tool_loop(case: Case, gate: Gate, show_answer: bool, num_frames: int, spent: Counter):
-    """One conversation, as a generator: yields it, is sent or thrown the reply, returns the patch.
-    One that leaks is asked for once more with the reason, then cut to frames, times, regions."""
-    transcript, refusals = [], []
-    try:
-        talk = first_messages(case, show_answer, num_frames)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise TeacherError("video", str(error)) from error
-    for turn in range(MAX_TURNS):
-        (text, _), back = (yield talk), []
-        calls = re.findall(r"TOOL_CALL:\s*(\w+)\s*\(([^()]*)\)", text)[:MAX_CALLS]
-        for name, arguments in calls:
-            transcript.append(f"{name}({arguments})")
-            try:
-                back += run_tool(name, arguments, case.video)
-            except (*BAD_DATA, OSError) as error:
-                back.append(_text(f"{name} failed: {error}"))
-                transcript[-1] += f" failed: {error}"
-        if not calls:
-            patch = parse_patch(text, case.video)
-            if reason := gate(patch, case):
-                refusals.append(reason)
-                spent["refused"] += 1
-                patch.guidance, patch.regions = "", [r._replace(what="") for r in patch.regions]
-            if reason is None or len(refusals) > 1 or turn + 1 == MAX_TURNS:
-                if patch.guidance or patch.key_frames or patch.spans or patch.regions:
-                    return replace(patch, transcript=transcript, refusals=refusals)
-                raise TeacherError("leak" if reason else "malformed", reason or "an empty patch")
-            back = [_text(f"Refused: {reason}. Only direct attention; reply again in that form.")]
-        talk += [{"role": "assistant", "content": [_text(text)]}, {"role": "user", "content": back}]
-    raise TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+    opened = [talk for talk in talks.values() if talk.outcome is None]
+    workers = settings.teacher_workers
+    in_turn(converse, [[talk] for talk in opened] if workers else [opened], max(workers, 1))
+    if spent is not None:
+        spent["refused"] += sum(len(talk.refusals) for talk in talks.values())
+    failed = TeacherError("raised", "the traceback stands above")
+    return [talks[repr(case)].outcome or failed for case in cases]
 
 
-def _ask(talks: list, chat, end: float, cache: str, brain: str, spent: Counter) -> list[Reply]:
-    """The next reply of each conversation: from the cache, else from the brain."""
-    keys = [cache and sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
-    replies = [_load(Path(cache, key)) if cache else None for key in keys]
-    asked, began = [i for i, reply in enumerate(replies) if reply is None], time.monotonic()
-    fresh = [TeacherError("timeout" if chat else "miss", "no reply in time")] * len(asked)
-
-    def call():
-        try:
-            said = zip(asked, chat([talks[i] for i in asked], end - began), strict=True)
-            fresh[:] = [
-                reply
-                if isinstance(reply, TeacherError)
-                else (_plain(reply[0][:MAX_REPLY]), int(reply[1]))
-                for _, reply in said
-            ]
-        except Exception as error:  # whatever a brain raises costs its cases, never the run
-            raised = _plain(f"{type(error).__name__}: {error}")
-            fresh[:] = [TeacherError("raised", raised)] * len(asked)
-
-    if chat and asked and end > began:
-        thread = threading.Thread(target=call, daemon=True)  # one that hangs costs only its time
+def in_turn(work: Callable, items: list, workers: int) -> None:
+    """Do the work for each item, by so many daemon threads: Ctrl-C waits for none of them."""
+    left = iter(items)  # which threads may share
+    threads = [Thread(target=lambda: [*map(work, left)], daemon=True) for _ in range(workers)]
+    for thread in threads:
         thread.start()
-        thread.join(end - began)
-    for i, replies[i] in zip(asked, list(fresh)):  # a copy: what comes later is too late
-        if cache and chat:
-            with suppress(OSError):  # a full disk costs the cache, not the run
-                _store(Path(cache, keys[i]), replies[i])
-    with LOCK:
-        tokens = sum(replies[i][1] for i in asked if isinstance(replies[i], tuple))
-        spent.update(
-            calls=len(asked) if chat else 0,
-            hits=len(talks) - len(asked),
-            tokens=tokens,
-            seconds=time.monotonic() - began,
-        )
-    return replies
+    for thread in threads:
+        thread.join()
 
 
-def _load(file: Path) -> Reply | None:
+# --- what can be put around a brain ---
+def with_deadline(chat: Chat) -> Chat:
+    """The same brain in a daemon thread: one that raises, hangs or miscounts costs its cases alone,
+    and Ctrl-C waits for none."""
+
+    def ask(talks: list, seconds: float) -> list[Reply]:
+        replies = []
+
+        def call():
+            try:
+                said = [
+                    reply
+                    if isinstance(reply, TeacherError)
+                    else (plain(reply[0][:MAX_REPLY]), int(reply[1]))
+                    for _, reply in zip(talks, chat(talks, seconds), strict=True)
+                ]
+            except Exception as error:
+                raised = TeacherError("raised", plain(f"{type(error).__name__}: {error}"))
+                said = [raised] * len(talks)
+            replies.extend(said)
+
+        thread = Thread(target=call, daemon=True)
+        if talks and seconds > 0:
+            thread.start()
+            thread.join(seconds)
+        late = TeacherError("timeout", "no reply in time")
+        return replies[: len(talks)] or [late] * len(talks)
+
+    return ask
+
+
+def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
+    """The same brain, asked only what `folder` holds no reply to: replies stand there under a hash
+    of `brain`, its name, and all that it was shown. None: a replay, which asks nobody."""
+
+    def ask(talks: list, seconds: float) -> list[Reply]:
+        began = time.monotonic()
+        names = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
+        replies = [load_reply(Path(folder, name)) if folder else None for name in names]
+        missing = [k for k, reply in enumerate(replies) if reply is None]
+        if chat and missing:
+            fresh = chat([talks[k] for k in missing], seconds)
+        else:
+            fresh = [TeacherError("miss", "this is not in the cache")] * len(missing)
+        for k, reply in zip(missing, fresh):
+            replies[k] = reply
+            if chat and folder:
+                with suppress(OSError):  # a full disk costs the cache, not the run
+                    store_reply(Path(folder, names[k]), reply)
+        with LOCK:
+            spent["calls"] += len(missing) if chat else 0
+            spent["hits"] += len(talks) - len(missing)
+            spent["tokens"] += sum(reply[1] for reply in fresh if isinstance(reply, tuple))
+            spent["seconds"] += time.monotonic() - began
+        return replies
+
+    return ask
+
+
+def load_reply(file: Path) -> Reply | None:
     with suppress(OSError, LookupError, TypeError, ValueError):  # None: not there, or spoilt
         record = json.loads(file.read_text(encoding="utf-8"))
         return TeacherError(**record) if "cause" in record else (str(record[0]), int(record[1]))
 
 
-def _store(file: Path, reply: Reply) -> None:
-    if isinstance(reply, tuple) or _load(file) is None:  # a failure does not take a reply's place
+def store_reply(file: Path, reply: Reply) -> None:
+    if isinstance(reply, tuple) or load_reply(file) is None:  # a failure takes no reply's place
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{threading.get_ident()}.{time.time_ns()}")
+        part = file.with_suffix(f".{get_ident()}.{time.time_ns()}")
         part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
         part.replace(file)  # other processes see all of it or nothing
 
 
+# --- brains ---
 def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
-    """A brain behind an OpenAI-compatible endpoint that takes images. `key` stays in here."""
-    secret = key if key[7:] else "\0"  # a placeholder is no secret, and may be part of any word
+    """A brain behind an OpenAI-compatible endpoint that takes pictures, by the `openai` client: it
+    tries again and waits as the server says. `key` stays in here, and no other key is sent."""
+    try:
+        import openai
+    except ImportError as error:
+        raise ValueError("a remote teacher needs the client: pip install openai") from error
+    limit = "max_tokens"
+    nobody = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
 
-    def complete(talk: list[dict], end: float) -> Reply:
-        for attempt in range(MAX_TRIES):
-            left = max(end - time.monotonic(), 0.01)
-            # Without a key the client would send the user's own hub token to this endpoint.
-            client = InferenceClient(base_url=url, api_key=key or "none", timeout=0.9 * left)
-            try:
-                out = client.chat_completion(talk, model=model, max_tokens=max_tokens)
-                text = out.choices[0].message.content.replace(secret, "[key]")
-                return text, int(out.usage and out.usage.total_tokens or 0)
-            except Exception as error:  # the client's own kinds are those of its HTTP library
-                fault = inner = error
-            while (response := getattr(inner, "response", None)) is None and inner.__context__:
-                inner = inner.__context__  # the client may fail at an error's body
-            status, now = getattr(response, "status_code", 0), time.time()
-            cause = (
-                f"http_{status}"
-                if status
-                else "malformed"
-                if isinstance(fault, BAD_DATA)
-                else "timeout"
-                if isinstance(fault, TimeoutError)
-                else "connection"
-            )
-            wait = BACKOFF * 2**attempt * (1 + now % 1)
-            with suppress(*BAD_DATA):  # where the endpoint says it, in seconds or as a date
-                said = response.headers["retry-after"]
-                wait = float(said) if said.isdecimal() else mktime_tz(parsedate_tz(said)) - now
-            again = cause in ("timeout", "connection") or status == 429 or status >= 500
-            if not again or attempt + 1 == MAX_TRIES or wait > end - time.monotonic():
-                return TeacherError(cause, str(fault).replace(secret, "[key]"))
-            time.sleep(max(wait, 0.0))
+    def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
+        return text.replace(key, "[key]") if len(key) > 7 else text
 
-    return lambda talks, seconds: [*map(complete, talks, [time.monotonic() + seconds] * len(talks))]
+    async def as_status(response):
+        """Some servers send an error with status 200: let the client see its code."""
+        await response.aread()
+        with suppress(*BAD_DATA):
+            error = response.json()["error"]
+            if response.status_code == 200 and error:
+                code = int(error["code"]) if str(error.get("code")).isdecimal() else 400
+                response.status_code = code if 400 <= code < 600 else 400
+
+    async def complete(client, talk: list[dict]):
+        nonlocal limit
+        send = partial(client.chat.completions.create, model=model, messages=talk)
+        try:
+            return await send(**{limit: max_tokens})
+        except openai.BadRequestError as error:
+            if "max_completion_tokens" not in str(error):
+                raise
+            limit = "max_completion_tokens"
+            return await send(**{limit: max_tokens})
+
+    async def answer(client, talk: list[dict], seconds: float) -> Reply:
+        try:
+            async with asyncio.timeout(seconds):
+                completion = await complete(client, talk)
+            if isinstance(completion, str):
+                raise ValueError(completion)
+            text, tokens = read_reply(completion)
+            return hide(text), tokens
+        except TeacherError as error:
+            cause, said = error.cause, error.detail
+        except (TimeoutError, openai.APITimeoutError):
+            cause, said = "timeout", f"no reply in {seconds:.0f} s"
+        except openai.APIStatusError as error:
+            cause, said = f"http_{error.status_code}", error.message
+        except openai.APIConnectionError as error:
+            cause, said = "connection", f"{error} {error.__cause__}"
+        except Exception as error:
+            cause, said = "malformed", str(error)
+        return TeacherError(cause, hide(said)[:500])
+
+    async def answer_all(talks: list, seconds: float) -> list[Reply]:
+        async with openai.AsyncOpenAI(
+            base_url=url,
+            api_key=key or "none",
+            max_retries=MAX_TRIES - 1,
+            timeout=None,
+            default_headers=nobody,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [as_status]}),
+        ) as client:
+            return await asyncio.gather(*(answer(client, talk, seconds) for talk in talks))
+
+    return lambda talks, seconds: asyncio.run(answer_all(talks, 0.95 * seconds))
 
 
-def local(model, processor, max_tokens: int = 2048) -> Chat:
-    """A brain that is a transformers vision-language model; all conversations go in one batch."""
+def read_reply(completion) -> Reply:
+    """The words of an endpoint's reply, in whatever place they stand."""
+    choice, usage = completion.choices[0], completion.usage
+    message, content = choice.message, choice.message.content
+    if choice.finish_reason in ("length", "content_filter"):
+        raise TeacherError(choice.finish_reason, f"the reply was cut: {content}")
+    if getattr(message, "refusal", None):
+        raise TeacherError("refusal", message.refusal)
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    text = content or getattr(message, "reasoning_content", None) or ""
+    for call in message.tool_calls or []:
+        text += f"\nTOOL_CALL: {call.function.name}({call.function.arguments})"
+    return text, usage.total_tokens if usage else 0
 
-    def chat(talks: list[list[dict]], seconds: float) -> list[Reply]:
+
+def local(model, processor, max_tokens: int = 2048, batch: int = 8) -> Chat:
+    """A brain that is a transformers vision-language model; so many conversations go in a batch."""
+
+    def generate(talks: list, seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
-            talks,
+            [[as_parts(message) for message in talk] for talk in talks],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
-        out = model.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=False, max_time=0.8 * seconds
-        )[:, inputs["input_ids"].shape[1] :]
+        limits = {"max_new_tokens": max_tokens, "max_time": 0.8 * seconds}
+        out = model.generate(**inputs, **limits, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
+
+    def as_parts(message: dict) -> dict:  # a template loops over them
+        content = message["content"]
+        return message | {"content": [text_part(content)] if isinstance(content, str) else content}
+
+    def reply(talks: list, end: float) -> list[Reply]:
+        """A batch that fails, out of memory say, is halved: only what fails alone is lost."""
+        try:
+            return generate(talks, end - time.monotonic())
+        except Exception as error:
+            failed = TeacherError("raised", f"{type(error).__name__}: {error}")
+        if len(talks) == 1:
+            return [failed]
+        half = len(talks) // 2
+        return reply(talks[:half], end) + reply(talks[half:], end)
+
+    def chat(talks: list, seconds: float) -> list[Reply]:
+        end = time.monotonic() + seconds
+        batches = [talks[start : start + batch] for start in range(0, len(talks), batch)]
+        return [said for each in batches for said in reply(each, end)]
 
     return chat
 
 
-def load_teacher(c, device, gate: Gate, scripted: Chat) -> Callable:
-    """`diagnose` with the brain that settings `c` name. Raises ValueError where none answers."""
-    kind, name, most = c.teacher, c.teacher_model, c.teacher_max_tokens
-    chat = scripted if kind == "scripted" else None
-    if kind == "local":
+def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
+    """Show a brain as many pictures as a case has. Raises TeacherError where it cannot take them,
+    or answers with neither a tool call nor a patch."""
+    picture = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (56, 56)))}}
+    asked = text_part("Case: hello\nThis is a trial: reply at once, that frame 0 shows it all.")
+    user = {"role": "user", "content": [asked, *[picture] * num_frames]}
+    (reply,) = chat([[system_message(), user]], seconds)
+    if isinstance(reply, TeacherError):
+        raise reply
+    if not read_calls(reply[0]) and "evidence_patch" not in reply[0]:
+        raise TeacherError("malformed", f"neither a tool call nor a patch: {reply[0][-300:]}")
+
+
+def load_teacher(c, device, gate: Gate, right: Callable, scripted: Chat) -> Callable:
+    """`diagnose` with the brain that settings `c` name, as a function of cases and of a Counter of
+    what is spent. Raises ValueError where none answers."""
+    kind, name, chat = c.teacher, c.teacher_model, None
+    if kind == "scripted":
+        chat = scripted
+    elif kind == "local":
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        chat = local(model.to(c.teacher_device or device).eval(), processor, most)
-    elif kind == "remote" and c.teacher_url:
+        model = model.to(c.teacher_device or device).eval()
+        chat = local(model, processor, c.teacher_max_tokens, c.teacher_batch)
+    elif c.teacher_url:
         key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
-        chat = remote(c.teacher_url, name, key, most)
-        (said,) = chat([[{"role": "user", "content": "Say OK."}]], c.teacher_timeout)
-        if isinstance(said, TeacherError):
+        chat = remote(c.teacher_url, name, key, c.teacher_max_tokens)
+        try:
+            try_out(with_deadline(chat), c.num_frames, c.teacher_timeout)
+        except TeacherError as error:
             raise ValueError(
-                f"no teacher '{name}' at {c.teacher_url} ({said}); "
-                "without --teacher_url a --teacher_cache is replayed"
-            )
-    return partial(
-        diagnose,
-        chat=chat,
-        gate=gate,
-        show_answer=c.teacher_sees_answer,
-        num_frames=c.num_frames,
-        timeout=c.teacher_timeout,
-        step_timeout=c.teacher_step_timeout,
-        workers=c.teacher_workers if kind == "remote" else 0,
-        cache=c.teacher_cache if kind != "scripted" else "",
-        brain=repr((kind, name, most)),
-    )
+                f"no teacher '{name}' at {c.teacher_url} ({error}); it must take {c.num_frames} "
+                "pictures in a request (or lower --num_frames), a context that holds them, and "
+                "write patches; without --teacher_url a --teacher_cache is replayed"
+            ) from error
+
+    settings = c if kind == "remote" else replace(c, teacher_workers=0)
+    folder = c.teacher_cache if kind != "scripted" else ""
+    test = right if c.blind_test and kind != "scripted" else None
+    brain, alone = repr((kind, name, c.teacher_max_tokens)), {}
+
+    def teach(
+        cases: list[Case], spent: Counter | None = None
+    ) -> list[EvidencePatch | TeacherError]:
+        spent = Counter() if spent is None else spent
+        ask = cached(chat, folder, brain, spent)
+        return diagnose(cases, ask, gate, settings, c.num_frames, test, alone, spent)
+
+    return teach

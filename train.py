@@ -34,11 +34,11 @@ import ffr
 import grpo
 import teacher
 from data import pick
-from reward import accuracy, describe, gate, summarize, summarize_run
+from reward import accuracy, answers, describe, gate, summarize, summarize_run
 
 
 @dataclass
-class Config:
+class Config(teacher.Settings):
     """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
 
     model: Annotated[str, "student: folder or hub name of a video VLM; empty: tiny mode"] = ""
@@ -51,16 +51,6 @@ class Config:
     resume: Annotated[bool, "go on with the run in --out, if there is one (ours)"] = False
     eval_only: Annotated[bool, "measure --model on --data, train nothing (ours)"] = False
     method: Annotated[Literal["ffr", "grpo"], "grpo has no teacher (ours)"] = "ffr"
-    teacher: Annotated[Literal["scripted", "local", "remote"], "the teacher's brain"] = "scripted"
-    teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""
-    teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
-    teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
-    teacher_workers: Annotated[int, "diagnoses at a time per process, remote (ours)"] = 8
-    teacher_max_tokens: Annotated[int, "of a reply (ours)"] = 2048
-    teacher_timeout: Annotated[float, "seconds that a diagnosis may take (ours)"] = 240.0
-    teacher_step_timeout: Annotated[float, "seconds for all diagnoses of a step (ours)"] = 480.0
-    teacher_cache: Annotated[str, "folder of replies; without a url they are replayed (ours)"] = ""
-    teacher_sees_answer: Annotated[bool, "False: the paper's 'no GT reference'"] = True
     patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
     kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
     lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
@@ -95,9 +85,9 @@ class Config:
 
 
 GROUPS = {
+    "teacher": "the teacher",
     "model": "data and output",
-    "method": "the teacher",
-    "kappa": "the method",
+    "method": "the method",
     "precision": "the model",
     "num_frames": "what the student sees and may say",
     "num_rollouts": "rollouts and objective",
@@ -260,7 +250,7 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
         )
     evidence = {name: e if isinstance(e, list) else [e] for name, e in found.items()}
     try:
-        return teacher.load_teacher(c, device, gate, data.scripted(evidence))
+        return teacher.load_teacher(c, device, gate, answers, data.scripted(evidence))
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from error
 

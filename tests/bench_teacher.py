@@ -1,14 +1,12 @@
 """What `--teacher_workers` saves: 64 diagnoses at an endpoint that takes 200 ms for a reply."""
 
 import json
-import os
 import random
 import sys
 import threading
 import time
 from pathlib import Path
 
-os.environ.pop("HF_HUB_OFFLINE", None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # noqa: E402
@@ -69,7 +67,8 @@ if __name__ == "__main__":
     seconds = {}
     for workers in (1, 8, 16):
         began = time.perf_counter()
-        patches = teacher.diagnose(cases, chat, lambda patch, case: None, workers=workers)
+        settings = teacher.Settings(teacher_workers=workers)
+        patches = teacher.diagnose(cases, chat, lambda patch, case: None, settings)
         seconds[workers] = time.perf_counter() - began
         assert all(isinstance(patch, teacher.EvidencePatch) for patch in patches)
         print(

@@ -9,7 +9,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from conftest import free_port
 from test_train import train_once
@@ -49,7 +48,6 @@ def test_a_server_not_ours_takes_conversations_with_pictures(
     served, model_folder, make_config, accelerator, samples, monkeypatch
 ):
     """The tiny model answers nonsense, so each case is malformed: the wire is what is tested."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     config = make_config(
         teacher="remote",
         teacher_url=served,
@@ -58,14 +56,16 @@ def test_a_server_not_ours_takes_conversations_with_pictures(
         teacher_workers=2,
         max_steps=1,
     )
-    teach = train.load_teacher(config, samples, "cpu")  # says hello
+    with pytest.raises(SystemExit, match="neither a tool call nor a patch"):
+        train.load_teacher(config, samples, "cpu")  # a teacher that could help nobody
+    monkeypatch.setattr(teacher, "try_out", lambda chat, num_frames, seconds: None)
+    teach = train.load_teacher(config, samples, "cpu")
     _, (metrics,) = train_once(config, accelerator, samples, teach)
     assert metrics["failure"] > 0 and metrics["teacher_tokens"] > 8 * metrics["teacher_calls"] > 0
     assert metrics["teacher_failures"] == metrics["teacher_malformed"] == 6 * metrics["failure"]
 
 
-def test_its_errors_are_ours(served, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+def test_its_errors_are_ours(served):
     talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     (error,) = teacher.remote(served, "/no/such/model", "")([talk], 20.0)
     assert isinstance(error, teacher.TeacherError) and error.cause.startswith("http_")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from collections import Counter
 
 import pytest
 from cold_start import needle_rationale
@@ -15,8 +16,10 @@ import teacher
 from teacher import Case, EvidencePatch, TeacherError, run_tool
 
 
-def diagnose(cases, chat, **settings):
-    return teacher.diagnose(cases, chat, reward.gate, **settings)
+def diagnose(cases, chat, num_frames=16, cache="", **settings):
+    settings = teacher.Settings(**{"teacher_workers": 0} | settings)
+    chat = teacher.cached(chat, cache, "a brain", Counter()) if cache else chat
+    return teacher.diagnose(cases, chat, reward.gate, settings, num_frames)
 
 
 def image_of(part):
@@ -84,11 +87,11 @@ def brain(*texts):
 
 
 def test_tools_return_pictures_of_the_original_video():
-    label, picture = run_tool("get_frame", "4", Clip())
+    label, picture = run_tool("get_frame", "4", make_case())
     assert label["text"] == "frame 4 (0.40 s)" and red(picture) == 4
-    _, crop = run_tool("zoom_region", "frame_index=4, x1=0.1, y1=0, x2=0.5, y2=1", Clip())
+    _, crop = run_tool("zoom_region", "frame_index=4, x1=0.1, y1=0, x2=0.5, y2=1", make_case())
     assert image_of(crop).size == (40, 50)
-    parts = run_tool("get_temporal_segment", "10, 20, stride=5", Clip())
+    parts = run_tool("get_temporal_segment", "10, 20, stride=5", make_case())
     assert [red(part) for part in parts[1::2]] == [10, 15, 20]
 
 
@@ -111,7 +114,7 @@ def test_tools_return_pictures_of_the_original_video():
 )
 def test_bad_tool_calls_are_explained_to_the_teacher(name, arguments, said):
     with pytest.raises(ValueError, match=said):
-        run_tool(name, arguments, Clip())
+        run_tool(name, arguments, make_case())
 
 
 def test_tool_loop_hands_pictures_back_and_returns_the_patch():
@@ -128,7 +131,7 @@ def test_tool_loop_hands_pictures_back_and_returns_the_patch():
 def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_only_if_allowed():
     for shown in (True, False):
         chat = brain(patch_json())
-        diagnose([make_case()], chat, show_answer=shown, num_frames=5)
+        diagnose([make_case()], chat, teacher_sees_answer=shown, num_frames=5)
         content = chat.seen[0][0][1]["content"]
         pictures = [red(part) for part in content if part["type"] == "image_url"]
         assert pictures == [0, 10, 20, 29, 39]
@@ -161,7 +164,9 @@ def test_leaking_patch_is_asked_for_once_more_then_reduced():
     fixed = diagnose([make_case()], brain(patch_json("it is the book"), patch_json()))[0]
     assert fixed.guidance == "follow the hand" and len(fixed.refusals) == 1
     stubborn = brain(patch_json("it is the book"), patch_json("yes, a book"))
-    reduced = diagnose([make_case()], stubborn, show_answer=False)[0]  # known though not shown
+    reduced = diagnose([make_case()], stubborn, teacher_sees_answer=False)[
+        0
+    ]  # known though not shown
     assert reduced.guidance == "" and reduced.key_frames == [4] and len(reduced.refusals) == 2
     only_words = patch_json("it is the book", (), ())
     (error,) = diagnose([make_case()], brain(only_words, only_words))
@@ -174,21 +179,27 @@ def test_leaking_patch_is_asked_for_once_more_then_reduced():
         "I do not know.",
         "<answer>{}</answer>",
         "<answer>{'error_classification': 1}</answer>",
-        patch_json(kind="bad luck"),
-        patch_json(frames=["x"]),
-        patch_json(frames=[4000]),
-        patch_json(frames=[10**400]),
-        patch_json(markers={"a": 1}),
-        patch_json(markers=[[1]]),
-        patch_json(regions=[{"frame": 1, "box": [0, 0, 9, 9]}]),
-        patch_json(regions=["left"]),
+        patch_json("", frames=["x"], markers=()),
+        patch_json("", frames=[4000], markers=()),
+        patch_json("", frames=[10**400], markers=()),
+        patch_json("", (), (), regions=[{"frame": 1, "box": [0, 0, 2000, 9]}]),
+        patch_json("", (), (), regions=["left"]),
         patch_json("", (), ()),
         '<answer>{"error_classification": "temporal", "evidence_patch": 3}</answer>',
+        "{" * 5000,
+        "[" * 5000 + '{"evidence_patch": [' * 500,
     ],
 )
-def test_malformed_reply_is_a_teacher_error(text):
-    (error,) = diagnose([make_case()], brain(text))
+def test_what_cannot_be_read_is_asked_for_once_more(text):
+    """A slip goes back with the reason; the second one is the end."""
+    chat = brain(text, patch_json())
+    (patch,) = diagnose([make_case()], chat)
+    assert patch.key_frames == [4] and "malformed" in chat.seen[1][0][-1]["content"][0]["text"]
+    (error,) = diagnose([make_case()], brain(text, text, patch_json()))
     assert isinstance(error, TeacherError) and error.cause == "malformed"
+    assert text[-50:].replace("<|", "< |") in error.detail  # its own words, for the person
+    turns = ["TOOL_CALL: get_frame(1)"] * (teacher.MAX_TURNS - 1) + [text]
+    assert diagnose([make_case()], brain(*turns))[0].cause == "malformed"
 
 
 def test_pictures_are_of_the_case_s_own_video():
@@ -237,7 +248,9 @@ def test_half_a_cache_entry_is_never_found(tmp_path, monkeypatch):
 
 def test_one_case_fails_alone():
     def chat(talks, seconds):
-        return [TeacherError("busy"), (patch_json(), 0), ("prose", 0)][: len(talks)]
+        if len(talks) == 1:  # the third once more
+            return [("prose", 0)]
+        return [TeacherError("busy"), (patch_json(), 0), ("prose", 0)]
 
     broken = make_case(video=type("Broken", (Clip,), {"frame": lambda s, i: Clip.frame(s, 14)})())
     cases = [make_case(response=words) for words in "abc"]
@@ -255,7 +268,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
 
     began = time.time()
     causes = [
-        diagnose([make_case()], chat, timeout=0.2)[0].cause
+        diagnose([make_case()], chat, teacher_timeout=0.2)[0].cause
         for chat in (
             raises,
             hangs,
@@ -340,7 +353,7 @@ def test_prompt_takes_any_text(text):
     assert isinstance(patch, EvidencePatch)
     said = chat.seen[0][0][1]["content"][0]["text"]
     kept = text.encode("utf-8", "replace").decode().replace("<|", "< |")
-    assert said.count(kept) == 3 and "{" in chat.seen[0][0][0]["content"][0]["text"]
+    assert said.count(kept) == 3 and "{" in chat.seen[0][0][0]["content"]
     json.dumps(chat.seen[0][0]).encode()
 
 
@@ -357,6 +370,7 @@ def test_words_of_a_patch_cannot_spell_a_token_of_the_student():
 def test_error_type_is_read_as_teachers_write_it():
     for said, kind in [
         ("Temporal", "temporal"),
+        ("visual", "temporal"),  # none of ours: by what the patch holds
         ("spatial error", "spatial"),
         (["temporal", "spatial"], "temporal"),
     ]:
@@ -370,7 +384,7 @@ def test_pictures_for_the_teacher_are_cut_to_its_budget():
             return Image.new("RGB", (4000, 2000))
 
     (_, whole), (_, crop) = (
-        run_tool(*call, Large())
+        run_tool(*call, make_case(video=Large()))
         for call in (("get_frame", "3"), ("zoom_region", "3, 0, 0, 0.1, 0.1"))
     )
     assert (
@@ -390,8 +404,6 @@ def test_teachers_habits_of_writing_are_read():
     ):
         (patch,) = diagnose([make_case()], brain(text))
         assert patch.key_frames == [4] and patch.spans == [(4, 6)]
-    for wrong in (patch_json(frames="12"), patch_json(markers=["12"])):  # no lists of digits
-        assert diagnose([make_case()], brain(wrong))[0].cause == "malformed"
 
 
 def test_many_moments_are_cut_like_long_ones():
@@ -406,7 +418,7 @@ def test_leak_on_the_last_turn_is_reduced_too():
 
 
 def test_slivers_of_a_frame_are_pictures_that_a_processor_takes(student):
-    parts = run_tool("zoom_region", "3, 0, 0.5, 1, 0.502", Clip())
+    parts = run_tool("zoom_region", "3, 0, 0.5, 1, 0.502", make_case())
     assert min(image_of(parts[1]).size) >= 28
     (reply,) = teacher.local(student.model, student.processor, 3)(
         [[{"role": "user", "content": parts}]], 60.0
@@ -425,7 +437,7 @@ def test_spoilt_cache_entries_are_asked_again_and_a_full_disk_costs_the_cache_al
             patch_json(),
             7,
         ]
-    teacher._store(file, TeacherError("http_429"))
+    teacher.store_reply(file, TeacherError("http_429"))
     assert json.loads(file.read_text()) == [patch_json(), 7]  # a failure does not take its place
     file.unlink()
     (tmp_path / "c").rmdir()
@@ -442,7 +454,7 @@ def test_failures_hold_no_memory():
     try:
         clip = Clip()
         alive = weakref.ref(clip)
-        verdicts = diagnose([make_case(video=clip)], brain("prose"))
+        verdicts = diagnose([make_case(video=clip)], brain("prose", "prose"))
         assert isinstance(verdicts[0], TeacherError)
         del clip, verdicts
         assert alive() is None
