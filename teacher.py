@@ -24,12 +24,12 @@ from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from threading import Lock, Thread, get_ident
+from threading import Thread
 from typing import Annotated, Literal, NamedTuple
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import transformers
-import yaml
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
@@ -39,7 +39,6 @@ MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; charact
 MAX_TRIES = 4  # of a request
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
-LOCK = Lock()  # a video reader, and the books, serve one thread at a time
 
 
 @dataclass
@@ -51,9 +50,9 @@ class Settings:
     teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
     teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
     teacher_batch: Annotated[int, "conversations at a time, local (ours)"] = 8
-    teacher_workers: Annotated[int, "diagnoses at a time per process, remote (ours)"] = 8
+    teacher_workers: Annotated[int, "requests at a time per process, remote (ours)"] = 8
     teacher_max_tokens: Annotated[int, "of a reply (ours)"] = 2048
-    teacher_timeout: Annotated[float, "seconds that a diagnosis may take (ours)"] = 240.0
+    teacher_timeout: Annotated[float, "seconds that a reply may take, remote (ours)"] = 240.0
     teacher_step_timeout: Annotated[float, "seconds for all diagnoses of a step (ours)"] = 480.0
     teacher_cache: Annotated[str, "folder of replies; without a url they are replayed (ours)"] = ""
     teacher_sees_answer: Annotated[bool, "False: the paper's 'no GT reference'"] = True
@@ -279,7 +278,7 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
             with suppress(*BAD_DATA, OSError):
                 patch.regions.append(read_region(region, patch.key_frames, video))
         kind = str(reply.get("error_classification")).lower()
-    except (*BAD_DATA, yaml.YAMLError) as error:
+    except BAD_DATA as error:
         raise TeacherError("malformed", plain(f"{error} in: {text[-200:]}")) from error
     if is_empty(patch):
         raise TeacherError("malformed", plain(f"an empty patch: {text[-200:]}"))
@@ -298,14 +297,20 @@ def without_words(patch: EvidencePatch) -> EvidencePatch:
 
 def read_json(text: str) -> dict:
     """The object that holds the patch, with prose, braces and fences around it. YAML takes what
-    JSON does not: single quotes, trailing commas, line breaks in a text, # comments."""
+    JSON does not: single quotes, trailing commas, line breaks in a text. Raises ValueError."""
+    import yaml  # which transformers installs
+
     key = re.search("error_classification|evidence_patch|key_frames", text)
     body = text[max(0, text.rfind("{", 0, key.start() if key else None)) : text.rfind("}") + 1]
     try:
         found = json.JSONDecoder(strict=False).raw_decode(body)[0]
     except ValueError:
-        body = re.sub(r"/\*.*?\*/|(?<![:\w])//[^\n]*|\t", " ", body, flags=re.DOTALL)
-        found = next(yaml.load_all(body, yaml.BaseLoader), None)
+        comments_and_anchors = r"/\*.*?\*/|(?<![:\w])//[^\n]*|\t|[&*](?=\w)"
+        body = re.sub(comments_and_anchors, " ", body, flags=re.DOTALL)
+        try:
+            found = next(yaml.load_all(body, yaml.BaseLoader), None)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
     if not isinstance(found, dict):
         raise ValueError("there is no JSON object")
     return found
@@ -346,7 +351,7 @@ def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
 def read_region(region: dict, key_frames: list[int], video: Sized) -> Region:
     """A region whose box and label go by one of the usual names. Raises KeyError, ValueError."""
     frames = read_frames(region.get("frame", region.get("frame_index", key_frames)), video)
-    box = next(region[key] for key in ("box", "bbox", "bbox_2d") if key in region)
+    box = region.get("box") or region.get("bbox") or region.get("bbox_2d")
     what = region.get("what") or region.get("label") or region.get("description")
     size = shown_size(video.frame(frames[0]))
     return Region(frames[0], read_box(box, size), read_words(what, 8))
@@ -461,87 +466,72 @@ def diagnose(
     cases: list[Case],
     chat: Chat,
     gate: Gate,
-    settings: Settings = Settings(teacher_workers=0),
+    show_answer: bool = True,
     num_frames: int = 16,
+    timeout: float = 480.0,
     right: Callable[[str, Case], bool] | None = None,
     alone: dict[str, bool] | None = None,
     spent: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """A patch for each case, or why there is none. With `teacher_workers` 0 all cases share a batch
-    a turn, else so many go at a time. `right` (does a reply answer the case?) asks for the blind
-    test; `alone` remembers which questions the brain answers without any words, by case id."""
-    end = time.monotonic() + settings.teacher_step_timeout
+    """A patch for each case, or why there is none, within `timeout` seconds. All conversations go
+    on together, a turn at a time; equal cases share one. `right` (does a reply answer the case?)
+    asks for the blind test, unless the brain knows the answer without any words; `alone` remembers
+    that by case id. Refusals are counted in `spent`."""
+    end = time.monotonic() + timeout
+    ask = with_deadline(chat)
     alone = {} if alone is None else alone
-    chat = with_deadline(chat)
     if right:
         new = {case.id: case for case in cases if case.id not in alone}
-        replies = chat([blind_messages(case, "") for case in new.values()], end - time.monotonic())
+        replies = ask([blind_messages(case, "") for case in new.values()], timeout)
         for case, reply in zip(new.values(), replies):
             alone[case.id] = isinstance(reply, tuple) and right(reply[0], case)
 
     talks = {}
     for case in cases:
-        test = None if not right or alone[case.id] else right
-        shown = (settings.teacher_sees_answer, num_frames)
-        talks[repr(case)] = Conversation(case, gate, *shown, test)  # equal failures share one
+        test = right if right and not alone[case.id] else None
+        talks[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
+    waiting = [talk for talk in talks.values() if talk.outcome is None]
+    while waiting:
+        replies = ask([talk.messages for talk in waiting], end - time.monotonic())
+        for talk, reply in zip(waiting, replies):
+            talk.advance(reply)
+        waiting = [talk for talk in waiting if talk.outcome is None]
 
-    def converse(waiting: list[Conversation]) -> None:
-        stop = min(end, time.monotonic() + settings.teacher_timeout)
-        while waiting:
-            replies = chat([talk.messages for talk in waiting], stop - time.monotonic())
-            for talk, reply in zip(waiting, replies):
-                with LOCK:
-                    talk.advance(reply)
-            waiting = [talk for talk in waiting if talk.outcome is None]
-
-    opened = [talk for talk in talks.values() if talk.outcome is None]
-    workers = settings.teacher_workers
-    in_turn(converse, [[talk] for talk in opened] if workers else [opened], max(workers, 1))
     if spent is not None:
         spent["refused"] += sum(len(talk.refusals) for talk in talks.values())
-    failed = TeacherError("raised", "the traceback stands above")
-    return [talks[repr(case)].outcome or failed for case in cases]
-
-
-def in_turn(work: Callable, items: list, workers: int) -> None:
-    """Do the work for each item, by so many daemon threads: Ctrl-C waits for none of them."""
-    left = iter(items)  # which threads may share
-    threads = [Thread(target=lambda: [*map(work, left)], daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    return [talks[repr(case)].outcome for case in cases]
 
 
 # --- what can be put around a brain ---
 def with_deadline(chat: Chat) -> Chat:
-    """The same brain in a daemon thread: one that raises, hangs or miscounts costs its cases alone,
-    and Ctrl-C waits for none."""
+    """The same brain, in a thread of its own: one that raises, hangs or miscounts costs its cases
+    alone, and Ctrl-C does not wait for it."""
 
     def ask(talks: list, seconds: float) -> list[Reply]:
-        replies = []
+        said = [TeacherError("timeout", "no reply in time")] * len(talks)
 
         def call():
             try:
-                said = [
-                    reply
-                    if isinstance(reply, TeacherError)
-                    else (plain(reply[0][:MAX_REPLY]), int(reply[1]))
-                    for _, reply in zip(talks, chat(talks, seconds), strict=True)
+                said[:] = [
+                    checked(reply) for _, reply in zip(talks, chat(talks, seconds), strict=True)
                 ]
             except Exception as error:
                 raised = TeacherError("raised", plain(f"{type(error).__name__}: {error}"))
-                said = [raised] * len(talks)
-            replies.extend(said)
+                said[:] = [raised] * len(talks)
 
         thread = Thread(target=call, daemon=True)
         if talks and seconds > 0:
             thread.start()
             thread.join(seconds)
-        late = TeacherError("timeout", "no reply in time")
-        return replies[: len(talks)] or [late] * len(talks)
+        return list(said)  # a copy: what comes later is too late
 
     return ask
+
+
+def checked(reply) -> Reply:
+    if isinstance(reply, TeacherError):
+        return reply
+    return plain(reply[0][:MAX_REPLY]), int(reply[1])
 
 
 def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
@@ -550,23 +540,20 @@ def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
 
     def ask(talks: list, seconds: float) -> list[Reply]:
         began = time.monotonic()
-        names = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
-        replies = [load_reply(Path(folder, name)) if folder else None for name in names]
+        hashes = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
+        replies = [load_reply(Path(folder, name)) if folder else None for name in hashes]
         missing = [k for k, reply in enumerate(replies) if reply is None]
+        fresh = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
             fresh = chat([talks[k] for k in missing], seconds)
-        else:
-            fresh = [TeacherError("miss", "this is not in the cache")] * len(missing)
-        for k, reply in zip(missing, fresh):
+        for k, reply in zip(missing, fresh, strict=True):
             replies[k] = reply
             if chat and folder:
-                with suppress(OSError):  # a full disk costs the cache, not the run
-                    store_reply(Path(folder, names[k]), reply)
-        with LOCK:
-            spent["calls"] += len(missing) if chat else 0
-            spent["hits"] += len(talks) - len(missing)
-            spent["tokens"] += sum(reply[1] for reply in fresh if isinstance(reply, tuple))
-            spent["seconds"] += time.monotonic() - began
+                store_reply(Path(folder, hashes[k]), reply)
+        spent["calls"] += len(missing) if chat else 0
+        spent["hits"] += len(talks) - len(missing)
+        spent["tokens"] += sum(reply[1] for reply in fresh if isinstance(reply, tuple))
+        spent["seconds"] += time.monotonic() - began
         return replies
 
     return ask
@@ -579,99 +566,106 @@ def load_reply(file: Path) -> Reply | None:
 
 
 def store_reply(file: Path, reply: Reply) -> None:
-    if isinstance(reply, tuple) or load_reply(file) is None:  # a failure takes no reply's place
+    """A failure takes no reply's place; a full disk costs the cache, not the run."""
+    if isinstance(reply, TeacherError) and load_reply(file) is not None:
+        return
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{get_ident()}.{time.time_ns()}")
+        part = file.with_suffix(f".{uuid4().hex}")
         part.write_text(json.dumps(reply, default=vars), encoding="utf-8")
         part.replace(file)  # other processes see all of it or nothing
 
 
 # --- brains ---
-def remote(url: str, model: str, key: str = "", max_tokens: int = 2048) -> Chat:
+def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240.0) -> Chat:
     """A brain behind an OpenAI-compatible endpoint that takes pictures, by the `openai` client: it
-    tries again and waits as the server says. `key` stays in here, and no other key is sent."""
+    tries again, and waits as the server says. `key` stays in here, and no other key is sent."""
     try:
         import openai
     except ImportError as error:
-        raise ValueError("a remote teacher needs the client: pip install openai") from error
+        raise ValueError("a remote teacher needs a client: pip install openai") from error
     limit = "max_tokens"
-    nobody = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
 
-    def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
-        return text.replace(key, "[key]") if len(key) > 7 else text
-
-    async def as_status(response):
+    async def see_error(response):
         """Some servers send an error with status 200: let the client see its code."""
         await response.aread()
         with suppress(*BAD_DATA):
             error = response.json()["error"]
             if response.status_code == 200 and error:
-                code = int(error["code"]) if str(error.get("code")).isdecimal() else 400
-                response.status_code = code if 400 <= code < 600 else 400
+                code = str(error.get("code"))
+                response.status_code = int(code) if re.fullmatch("[45]..", code) else 400
 
-    async def complete(client, talk: list[dict]):
+    async def complete(client, talk: list[dict]) -> Reply:
         nonlocal limit
         send = partial(client.chat.completions.create, model=model, messages=talk)
         try:
-            return await send(**{limit: max_tokens})
+            return read_reply(await send(**{limit: max_tokens}))
         except openai.BadRequestError as error:
-            if "max_completion_tokens" not in str(error):
+            if limit not in str(error) or "max_completion_tokens" not in str(error):
                 raise
-            limit = "max_completion_tokens"
-            return await send(**{limit: max_tokens})
+        limit = "max_completion_tokens"
+        return read_reply(await send(**{limit: max_tokens}))
 
-    async def answer(client, talk: list[dict], seconds: float) -> Reply:
+    async def reply_to(client, talk: list[dict], slots: asyncio.Semaphore, end: float) -> Reply:
         try:
-            async with asyncio.timeout(seconds):
-                completion = await complete(client, talk)
-            if isinstance(completion, str):
-                raise ValueError(completion)
-            text, tokens = read_reply(completion)
+            async with slots, asyncio.timeout(min(timeout, end - time.monotonic())):
+                text, tokens = await complete(client, talk)
             return hide(text), tokens
         except TeacherError as error:
             cause, said = error.cause, error.detail
-        except (TimeoutError, openai.APITimeoutError):
-            cause, said = "timeout", f"no reply in {seconds:.0f} s"
+        except TimeoutError:
+            cause, said = "timeout", "no reply in time"
         except openai.APIStatusError as error:
-            cause, said = f"http_{error.status_code}", error.message
+            cause, said = f"http_{error.status_code}", error.response.text
         except openai.APIConnectionError as error:
             cause, said = "connection", f"{error} {error.__cause__}"
         except Exception as error:
             cause, said = "malformed", str(error)
         return TeacherError(cause, hide(said)[:500])
 
-    async def answer_all(talks: list, seconds: float) -> list[Reply]:
+    def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
+        return text.replace(key, "[key]") if len(key) > 7 else text
+
+    async def reply_to_all(talks: list, end: float) -> list[Reply]:
+        slots, nobody = asyncio.Semaphore(workers), openai.Omit()
         async with openai.AsyncOpenAI(
             base_url=url,
             api_key=key or "none",
+            default_headers={"OpenAI-Organization": nobody, "OpenAI-Project": nobody},
             max_retries=MAX_TRIES - 1,
             timeout=None,
-            default_headers=nobody,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [as_status]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [see_error]}),
         ) as client:
-            return await asyncio.gather(*(answer(client, talk, seconds) for talk in talks))
+            return await asyncio.gather(*(reply_to(client, talk, slots, end) for talk in talks))
 
-    return lambda talks, seconds: asyncio.run(answer_all(talks, 0.95 * seconds))
+    def chat(talks: list, seconds: float) -> list[Reply]:
+        return asyncio.run(reply_to_all(talks, time.monotonic() + 0.95 * seconds))
+
+    return chat
 
 
 def read_reply(completion) -> Reply:
-    """The words of an endpoint's reply, in whatever place they stand."""
+    """The words of an endpoint's reply, in whatever place they stand. Raises TeacherError."""
+    if not getattr(completion, "choices", None):
+        raise TeacherError("malformed", f"no choices in the reply: {completion}")
     choice, usage = completion.choices[0], completion.usage
     message, content = choice.message, choice.message.content
-    if choice.finish_reason in ("length", "content_filter"):
-        raise TeacherError(choice.finish_reason, f"the reply was cut: {content}")
-    if getattr(message, "refusal", None):
-        raise TeacherError("refusal", message.refusal)
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part["type"] == "text")
     text = content or getattr(message, "reasoning_content", None) or ""
+    if getattr(message, "refusal", None):
+        raise TeacherError("refusal", message.refusal)
+    if choice.finish_reason == "length":
+        raise TeacherError("length", f"raise --teacher_max_tokens; cut after: {text[-200:]}")
+    if choice.finish_reason == "content_filter":
+        raise TeacherError("content_filter", text)
     for call in message.tool_calls or []:
         text += f"\nTOOL_CALL: {call.function.name}({call.function.arguments})"
     return text, usage.total_tokens if usage else 0
 
 
-def local(model, processor, max_tokens: int = 2048, batch: int = 8) -> Chat:
-    """A brain that is a transformers vision-language model; so many conversations go in a batch."""
+def local(model, processor, max_tokens=2048, batch=8) -> Chat:
+    """A brain that is a transformers vision-language model; `batch` conversations go at a time."""
 
     def generate(talks: list, seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
@@ -687,11 +681,11 @@ def local(model, processor, max_tokens: int = 2048, batch: int = 8) -> Chat:
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
-    def as_parts(message: dict) -> dict:  # a template loops over them
+    def as_parts(message: dict) -> dict:  # templates loop over them
         content = message["content"]
         return message | {"content": [text_part(content)] if isinstance(content, str) else content}
 
-    def reply(talks: list, end: float) -> list[Reply]:
+    def reply_to(talks: list, end: float) -> list[Reply]:
         """A batch that fails, out of memory say, is halved: only what fails alone is lost."""
         try:
             return generate(talks, end - time.monotonic())
@@ -700,12 +694,13 @@ def local(model, processor, max_tokens: int = 2048, batch: int = 8) -> Chat:
         if len(talks) == 1:
             return [failed]
         half = len(talks) // 2
-        return reply(talks[:half], end) + reply(talks[half:], end)
+        return reply_to(talks[:half], end) + reply_to(talks[half:], end)
 
     def chat(talks: list, seconds: float) -> list[Reply]:
-        end = time.monotonic() + seconds
-        batches = [talks[start : start + batch] for start in range(0, len(talks), batch)]
-        return [said for each in batches for said in reply(each, end)]
+        end, replies = time.monotonic() + seconds, []
+        for start in range(0, len(talks), batch):
+            replies += reply_to(talks[start : start + batch], end)
+        return replies
 
     return chat
 
@@ -716,7 +711,7 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
     picture = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (56, 56)))}}
     asked = text_part("Case: hello\nThis is a trial: reply at once, that frame 0 shows it all.")
     user = {"role": "user", "content": [asked, *[picture] * num_frames]}
-    (reply,) = chat([[system_message(), user]], seconds)
+    (reply,) = with_deadline(chat)([[system_message(), user]], seconds)
     if isinstance(reply, TeacherError):
         raise reply
     if not read_calls(reply[0]) and "evidence_patch" not in reply[0]:
@@ -724,8 +719,8 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
 
 
 def load_teacher(c, device, gate: Gate, right: Callable, scripted: Chat) -> Callable:
-    """`diagnose` with the brain that settings `c` name, as a function of cases and of a Counter of
-    what is spent. Raises ValueError where none answers."""
+    """`diagnose` with the brain that `Settings` c name, as a function of cases and of a Counter of
+    what is spent. Raises ValueError where the brain is of no use."""
     kind, name, chat = c.teacher, c.teacher_model, None
     if kind == "scripted":
         chat = scripted
@@ -736,9 +731,10 @@ def load_teacher(c, device, gate: Gate, right: Callable, scripted: Chat) -> Call
         chat = local(model, processor, c.teacher_max_tokens, c.teacher_batch)
     elif c.teacher_url:
         key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
-        chat = remote(c.teacher_url, name, key, c.teacher_max_tokens)
+        limits = (c.teacher_max_tokens, c.teacher_workers, c.teacher_timeout)
+        chat = remote(c.teacher_url, name, key, *limits)
         try:
-            try_out(with_deadline(chat), c.num_frames, c.teacher_timeout)
+            try_out(chat, c.num_frames, c.teacher_timeout)
         except TeacherError as error:
             raise ValueError(
                 f"no teacher '{name}' at {c.teacher_url} ({error}); it must take {c.num_frames} "
@@ -746,16 +742,21 @@ def load_teacher(c, device, gate: Gate, right: Callable, scripted: Chat) -> Call
                 "write patches; without --teacher_url a --teacher_cache is replayed"
             ) from error
 
-    settings = c if kind == "remote" else replace(c, teacher_workers=0)
-    folder = c.teacher_cache if kind != "scripted" else ""
-    test = right if c.blind_test and kind != "scripted" else None
+    folder, test = ("", None) if kind == "scripted" else (c.teacher_cache, right)
     brain, alone = repr((kind, name, c.teacher_max_tokens)), {}
 
-    def teach(
-        cases: list[Case], spent: Counter | None = None
-    ) -> list[EvidencePatch | TeacherError]:
+    def teach(cases: list[Case], spent: Counter | None = None) -> list:
         spent = Counter() if spent is None else spent
-        ask = cached(chat, folder, brain, spent)
-        return diagnose(cases, ask, gate, settings, c.num_frames, test, alone, spent)
+        return diagnose(
+            cases,
+            cached(chat, folder, brain, spent),
+            gate,
+            c.teacher_sees_answer,
+            c.num_frames,
+            c.teacher_step_timeout,
+            test if c.blind_test else None,
+            alone,
+            spent,
+        )
 
     return teach

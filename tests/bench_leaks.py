@@ -3,7 +3,9 @@
 1. The leak set (`leaks.jsonl`): of the patches that state the answer, how many the gate catches; of
    the clean ones, how many it refuses. One half was there to build the gate on, the other was
    written by others and not looked at. `implied` ones give the answer by synonyms, descriptions or
-   world knowledge, which no rule on words can know; they are counted apart.
+   world knowledge, which no rule on words can know; they are counted apart. The same with the
+   blind test, played by language models whose answers stand in the file: `blind`, from question,
+   options and words, `alone`, without the words. `unguessed`: the records that `alone` has wrong.
 2. The blind probe: a tiny student is trained to answer needle questions from the question and the
    patch's text, without the video. What it gets right on new videos beyond what it gets right
    without a patch is the measured leak.
@@ -43,11 +45,20 @@ def refused(record: dict) -> bool:
     return leak(words, record["question"], record["options"], record["answer"]) is not None
 
 
+def right(record: dict, condition: str) -> bool:
+    """Whether a strong reader was right without the video: `blind`, from the words; `alone`."""
+    return reward.verify(record[condition], record["answer"], record["problem_type"])
+
+
+def told(record: dict) -> bool:
+    """The blind test: right from the words, and wrong without them."""
+    return right(record, "blind") and not right(record, "alone")
+
+
 def rates(records: list[dict]) -> dict:
     """Counts on the half that the gate was built on, and under `held_out` on the other."""
 
     def count(half: str) -> dict:
-        among = [record for record in records if record["half"] == half]
         names = {
             "leak": ("caught", "leaks"),
             "clean": ("refused", "clean"),
@@ -55,8 +66,15 @@ def rates(records: list[dict]) -> dict:
         }
         found = {}
         for label, (hit, all_) in names.items():
-            mine = [refused(record) for record in among if record["label"] == label]
-            found |= {hit: sum(mine), all_: len(mine)}
+            among = [r for r in records if (r["half"], r["label"]) == (half, label)]
+            unguessed = [r for r in among if not right(r, "alone")]
+            found |= {
+                hit: sum(map(refused, among)),
+                f"{hit}_blind": sum(refused(r) or told(r) for r in among),
+                all_: len(among),
+                f"{all_}_unguessed_blind": sum(refused(r) or told(r) for r in unguessed),
+                f"{all_}_unguessed": len(unguessed),
+            }
         return found
 
     return count("seen") | {"held_out": count("held_out")}
@@ -147,8 +165,9 @@ if __name__ == "__main__":
     found = rates(load())
     for half, among in (("built on", found), ("held out", found["held_out"])):
         print(
-            "  {0:9} caught {caught} of {leaks}, refused {refused} of {clean} clean, "
-            "caught {implied_caught} of {implied} implied".format(half, **among)
+            "  {0:9} caught {caught} ({caught_blind}) of {leaks}, refused {refused} "
+            "({refused_blind}) of {clean} clean, caught {implied_caught} ({implied_caught_blind}) "
+            "of {implied} implied; in brackets: with the blind test".format(half, **among)
         )
     print("  answered right without the video:")
     found["blind_probe"] = blind_probe()

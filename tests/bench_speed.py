@@ -193,7 +193,6 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
             teacher.diagnose,
             chat=partial(brain, latency),
             gate=lambda *_: None,
-            settings=teacher.Settings(teacher_workers=8),
             num_frames=2,
         )
     )

@@ -62,13 +62,13 @@ class Noise:
 if __name__ == "__main__":
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    chat = teacher.remote(f"http://127.0.0.1:{server.server_port}/v1", "m")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
     cases = [teacher.Case(str(k), "?", [], "x", "hm", Noise(k)) for k in range(CASES)]
     seconds = {}
     for workers in (1, 8, 16):
         began = time.perf_counter()
-        settings = teacher.Settings(teacher_workers=workers)
-        patches = teacher.diagnose(cases, chat, lambda patch, case: None, settings)
+        chat = teacher.remote(url, "m", workers=workers)
+        patches = teacher.diagnose(cases, chat, lambda patch, case: None)
         seconds[workers] = time.perf_counter() - began
         assert all(isinstance(patch, teacher.EvidencePatch) for patch in patches)
         print(

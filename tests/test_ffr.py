@@ -169,8 +169,7 @@ def faults(teach):
         time.sleep(20)
 
     def diagnose(chat, **settings):
-        settings = teacher.Settings(teacher_workers=0, **settings)
-        return lambda cases: teacher.diagnose(cases, chat, reward.gate, settings)
+        return lambda cases: teacher.diagnose(cases, chat, reward.gate, **settings)
 
     leaking = (
         '<answer>{"error_classification": "spatial", "evidence_patch": {"content": "%s"}}</answer>'
@@ -178,7 +177,7 @@ def faults(teach):
     return {
         "declined": lambda cases: [TeacherError("declined")] * len(cases),
         "raised": diagnose(raises),
-        "timeout": diagnose(hangs, teacher_timeout=0.2),
+        "timeout": diagnose(hangs, timeout=0.2),
         "leak": lambda cases: diagnose(
             lambda talks, _: [(leaking % cases[0].answer, 0)] * len(talks)
         )(cases),

@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +19,7 @@ import ffr
 import reward
 import teacher
 import train
-from teacher import EvidencePatch, Settings, TeacherError
+from teacher import EvidencePatch, TeacherError
 
 pytestmark = pytest.mark.slow  # needs an extra, the openai client
 pytest.importorskip("openai", reason="pip install -r requirements-dev.txt")
@@ -377,9 +376,8 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
         for s, v in zip(samples, videos)
         for n in (1, 1, 2)
     ]
-    chat, spent = teacher.remote(endpoint.url, "m", KEY), Counter()
-    counted, four = teacher.cached(chat, "", "", spent), Settings(teacher_workers=4)
-    verdicts = teacher.diagnose(cases, counted, reward.gate, four)
+    chat, spent = teacher.remote(endpoint.url, "m", KEY, workers=4), Counter()
+    verdicts = teacher.diagnose(cases, teacher.cached(chat, "", "", spent), reward.gate)
     assert all(isinstance(v, EvidencePatch) for v in verdicts) and spent["calls"] == 2 * 12
     hang = cases[2].response
     endpoint.fault = lambda messages, times: (
@@ -389,12 +387,13 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
         else None
     )
     began = time.time()
-    verdicts = teacher.diagnose(cases, chat, reward.gate, replace(four, teacher_timeout=1.5))
+    hasty = teacher.remote(endpoint.url, "m", KEY, workers=12, timeout=1.5)
+    verdicts = teacher.diagnose(cases, hasty, reward.gate)
     assert [isinstance(v, TeacherError) for v in verdicts] == [k == 2 for k in range(18)]
     assert verdicts[2].cause == "timeout" and time.time() - began < 2.5
-    endpoint.fault, two = slow, Settings(teacher_workers=2, teacher_step_timeout=1.0)
+    endpoint.fault = slow
     began = time.time()
-    verdicts = teacher.diagnose(cases, chat, reward.gate, two)
+    verdicts = teacher.diagnose(cases, chat, reward.gate, timeout=1.0)
     assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2  # of 12 x 3 s
 
 
@@ -482,8 +481,8 @@ def test_without_workers_all_share_one_deadline(endpoint, samples):
     cases = [teacher.Case(s.id, "?", [], "x", "", v) for s, v in zip(samples, videos)]
     endpoint.fault = slow
     began = time.time()
-    chat, settings = teacher.remote(endpoint.url, "m"), Settings("remote", teacher_timeout=1.0)
-    verdicts = teacher.diagnose(cases, chat, reward.gate, replace(settings, teacher_workers=0))
+    chat = teacher.remote(endpoint.url, "m")
+    verdicts = teacher.diagnose(cases, chat, reward.gate, timeout=1.0)
     assert {v.cause for v in verdicts} == {"timeout"} and time.time() - began < 2
     time.sleep(1)
     asked = endpoint.seen.total()

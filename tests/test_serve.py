@@ -47,7 +47,7 @@ def served(model_folder, tmp_path_factory):
 def test_a_server_not_ours_takes_conversations_with_pictures(
     served, model_folder, make_config, accelerator, samples, monkeypatch
 ):
-    """The tiny model answers nonsense, so each case is malformed: the wire is what is tested."""
+    """The tiny model's nonsense has no end, so each reply is cut: the wire is what is tested."""
     config = make_config(
         teacher="remote",
         teacher_url=served,
@@ -56,13 +56,13 @@ def test_a_server_not_ours_takes_conversations_with_pictures(
         teacher_workers=2,
         max_steps=1,
     )
-    with pytest.raises(SystemExit, match="neither a tool call nor a patch"):
+    with pytest.raises(SystemExit, match="length"):
         train.load_teacher(config, samples, "cpu")  # a teacher that could help nobody
     monkeypatch.setattr(teacher, "try_out", lambda chat, num_frames, seconds: None)
     teach = train.load_teacher(config, samples, "cpu")
     _, (metrics,) = train_once(config, accelerator, samples, teach)
-    assert metrics["failure"] > 0 and metrics["teacher_tokens"] > 8 * metrics["teacher_calls"] > 0
-    assert metrics["teacher_failures"] == metrics["teacher_malformed"] == 6 * metrics["failure"]
+    assert metrics["failure"] > 0 and metrics["teacher_calls"] > 0
+    assert metrics["teacher_failures"] == metrics["teacher_length"] == 6 * metrics["failure"]
 
 
 def test_its_errors_are_ours(served):

@@ -16,10 +16,9 @@ import teacher
 from teacher import Case, EvidencePatch, TeacherError, run_tool
 
 
-def diagnose(cases, chat, num_frames=16, cache="", **settings):
-    settings = teacher.Settings(**{"teacher_workers": 0} | settings)
+def diagnose(cases, chat, cache="", **settings):
     chat = teacher.cached(chat, cache, "a brain", Counter()) if cache else chat
-    return teacher.diagnose(cases, chat, reward.gate, settings, num_frames)
+    return teacher.diagnose(cases, chat, reward.gate, **settings)
 
 
 def image_of(part):
@@ -131,7 +130,7 @@ def test_tool_loop_hands_pictures_back_and_returns_the_patch():
 def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_only_if_allowed():
     for shown in (True, False):
         chat = brain(patch_json())
-        diagnose([make_case()], chat, teacher_sees_answer=shown, num_frames=5)
+        diagnose([make_case()], chat, show_answer=shown, num_frames=5)
         content = chat.seen[0][0][1]["content"]
         pictures = [red(part) for part in content if part["type"] == "image_url"]
         assert pictures == [0, 10, 20, 29, 39]
@@ -164,9 +163,7 @@ def test_leaking_patch_is_asked_for_once_more_then_reduced():
     fixed = diagnose([make_case()], brain(patch_json("it is the book"), patch_json()))[0]
     assert fixed.guidance == "follow the hand" and len(fixed.refusals) == 1
     stubborn = brain(patch_json("it is the book"), patch_json("yes, a book"))
-    reduced = diagnose([make_case()], stubborn, teacher_sees_answer=False)[
-        0
-    ]  # known though not shown
+    reduced = diagnose([make_case()], stubborn, show_answer=False)[0]  # known though not shown
     assert reduced.guidance == "" and reduced.key_frames == [4] and len(reduced.refusals) == 2
     only_words = patch_json("it is the book", (), ())
     (error,) = diagnose([make_case()], brain(only_words, only_words))
@@ -268,7 +265,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
 
     began = time.time()
     causes = [
-        diagnose([make_case()], chat, teacher_timeout=0.2)[0].cause
+        diagnose([make_case()], chat, timeout=0.2)[0].cause
         for chat in (
             raises,
             hangs,

@@ -391,12 +391,14 @@ def test_ranks_make_the_same_calls_whatever_fails_on_one(folder, model_folder, t
 def test_local_teacher_takes_all_failures_of_a_step_in_one_batch_per_turn(
     make_config, accelerator, samples, model_folder, monkeypatch
 ):
-    """A random model as the teacher: it says nothing of use, in one `generate` for all six."""
+    """A random model as the teacher: it says nothing of use, in one `generate` for all six, and
+    again when it is asked once more."""
     config = make_config(
         teacher="local",
         teacher_model=model_folder,
         teacher_max_tokens=4,
         teacher_device="cpu",
+        blind_test=False,
         max_steps=1,
     )
     batches, local = [], train.teacher.local
@@ -408,8 +410,10 @@ def test_local_teacher_takes_all_failures_of_a_step_in_one_batch_per_turn(
     monkeypatch.setattr(train.teacher, "local", counted)
     teach = train.load_teacher(config, samples, accelerator.device)
     _, (metrics,) = train_once(config, accelerator, samples, teach)
-    assert batches == [metrics["teacher_calls"]] and metrics["teacher_malformed"] == 6
-    assert 0 < metrics["teacher_tokens"] <= 4 * 6 and metrics["teacher_seconds"] > 0
+    assert (
+        batches == [6, 6] and metrics["teacher_calls"] == 12 and metrics["teacher_malformed"] == 6
+    )
+    assert 0 < metrics["teacher_tokens"] <= 4 * 12 and metrics["teacher_seconds"] > 0
 
 
 @pytest.mark.slow
@@ -496,7 +500,7 @@ def test_every_setting_is_read():
     names = train.Config.__dataclass_fields__.keys() - grpo.Objective.__dataclass_fields__.keys()
     assert len(names) > 40
     for name in names:
-        assert re.search(rf"\b(config|c)\.{name}\b", source), name
+        assert re.search(rf"\b(config|c|settings)\.{name}\b", source), name
     objective = (ROOT / "grpo.py").read_text(encoding="utf-8")
     for name in grpo.Objective.__dataclass_fields__:
         assert f"objective.{name}" in objective, name
