@@ -4,7 +4,7 @@
     student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8, Video-R1's format; needle videos and `scripted` are ours. No sibling."""
+Sources: FFR Table 8, Video-R1's format; needle videos are ours. Imports no sibling."""
 
 import argparse
 import json
@@ -14,7 +14,6 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -120,6 +119,8 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
     video = root / record["path"]
     need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
+    fault = reference_fault(answer.strip(), kind, [*map(str, options)])
+    need(not fault, fault)
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
     more = {name: value for name, value in record.items() if name not in (*FIELDS, *truth)}
     return Sample(
@@ -133,6 +134,15 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
         truth,
         more,
     )
+
+
+def reference_fault(answer: str, kind: str, options: list[str]) -> str | None:
+    """Why no answer can be right by a reference; None, too, where reward.py is not beside us."""
+    try:
+        from reward import reference_problem
+    except ImportError:
+        return None
+    return reference_problem(answer, kind, options)
 
 
 @dataclass
@@ -322,7 +332,7 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
         x, y, ring, core = scenes[look]
         box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
         flash, shown = ({"key_frames": f[:1], "moment": f} for f in map(moment_frames, (cue, look)))
-        evidence = [  # for `scripted`
+        evidence = [  # for a scripted teacher
             {
                 "cites": f"flash {moment_time(cue)}",
                 "error_type": "temporal",
@@ -358,35 +368,6 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
 
 
 # --- a teacher's brain without a model ---
-def scripted(truths: dict[str, list[dict]]) -> Callable:
-    """A brain for teacher.py that looks the evidence up by case id, but speaks the whole protocol.
-    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
-    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
-
-    def reply(talk: list[dict]) -> tuple[str, int]:
-        case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
-        if case_id not in truths:
-            return f"There is no evidence for {case_id}.", 0
-        response = case.partition("The student's response:")[2]
-        missed = [e for e in truths[case_id] if e.get("cites", "") not in response]
-        evidence = (missed or truths[case_id][-1:])[0]
-        frames, region = evidence["key_frames"], evidence.get("region")
-        if len(talk) == 2:  # look first
-            zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
-            calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
-            return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
-        patch = {
-            "content": evidence.get("guidance", ""),
-            "key_frames": frames,
-            "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
-            "spatial_regions": [{"frame": frames[0], "box": region}] if region else [],
-        }
-        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
-        return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
-
-    return lambda talks, seconds: [reply(talk) for talk in talks]
-
-
 # --- the records of a step, and the rows of a run, one JSON object a line ---
 def pick(samples, step: int, c, accelerator) -> list[Sample]:
     """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""

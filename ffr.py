@@ -312,11 +312,10 @@ def stand_in(student: Student, question: Question) -> dict:
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
-def case_of(question: Question, response: str) -> Case:
+def case_of(q: Question, response: str) -> Case:
     """S_i = (x, y, τ_i), what the teacher is given."""
-    x = question.sample
-    given = (x.id, x.question, x.options, x.answer, response, question.video)
-    return Case(*given, x.problem_type, x.record)
+    x, video = q.sample, q.video
+    return Case(x.id, x.question, x.options, x.answer, response, video, x.problem_type, x.record)
 
 
 def _seed(*parts) -> int:

@@ -427,6 +427,7 @@ def describe(question, r) -> dict:
         "fix": r.score.correct,
         "align": r.align,
         "cause": r.error and r.error.cause,
+        "detail": r.error and r.error.detail,
         "patch_frames": len(frames),
         "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
         "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
@@ -472,8 +473,12 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
     }
     repairs = max(sum(row["intervention"] for row in history), 1e-9)
     fixed = sum(row["fix"] * row["intervention"] for row in history)
-    failures = sum(row["teacher_failures"] for row in history)
-    return figures | {"fix_rate": fixed / repairs, "teacher_failures": failures}
+    figures |= {"fix_rate": fixed / repairs, "teacher_failures": 0}
+    spent = {f"teacher_{name}" for name in "calls hits tokens seconds refused".split()}
+    for row in history:
+        for name in [key for key in row if key.startswith("teacher_") and key not in spent]:
+            figures[name] = figures.get(name, 0) + row[name]  # by cause
+    return figures
 
 
 def accuracy(rows: list[dict]) -> dict[str, dict]:

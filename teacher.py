@@ -705,6 +705,36 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
     return chat
 
 
+def scripted(truths: dict[str, list[dict]]) -> Chat:
+    """A brain that looks the evidence up by case id, but speaks the whole protocol.
+    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
+    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
+
+    def reply(talk: list[dict]) -> tuple[str, int]:
+        case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
+        if case_id not in truths:
+            return f"There is no evidence for {case_id}.", 0
+        response = case.partition("The student's response:")[2]
+        truth = truths[case_id] if isinstance(truths[case_id], list) else [truths[case_id]]
+        missed = [step for step in truth if step.get("cites", "") not in response]
+        evidence = (missed or truth[-1:])[0]
+        frames, region = evidence["key_frames"], evidence.get("region")
+        if len(talk) == 2:  # look first
+            zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
+            calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
+            return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
+        patch = {
+            "content": evidence.get("guidance", ""),
+            "key_frames": frames,
+            "temporal_markers": [evidence.get("moment", [min(frames), max(frames)])],
+            "spatial_regions": [{"frame": frames[0], "box": region}] if region else [],
+        }
+        body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
+        return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
+
+    return lambda talks, seconds: [reply(talk) for talk in talks]
+
+
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
     """Show a brain as many pictures as a case has. Raises TeacherError where it cannot take them,
     or answers with neither a tool call nor a patch."""
@@ -718,12 +748,14 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
         raise TeacherError("malformed", f"neither a tool call nor a patch: {reply[0][-300:]}")
 
 
-def load_teacher(c, device, gate: Gate, right: Callable, scripted: Chat) -> Callable:
+def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Callable:
     """`diagnose` with the brain that `Settings` c name, as a function of cases and of a Counter of
     what is spent. Raises ValueError where the brain is of no use."""
     kind, name, chat = c.teacher, c.teacher_model, None
     if kind == "scripted":
-        chat = scripted
+        if not evidence:
+            raise ValueError("no record has 'evidence' to look up; take a local or remote teacher")
+        chat = scripted(evidence)
     elif kind == "local":
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")

@@ -108,6 +108,7 @@ TINY = dict(
     max_steps=400,
 )
 HELLO = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
 # May differ when a run is resumed.
 FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url"} | {
@@ -242,15 +243,9 @@ def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | Non
     if c.method == "grpo" or c.eval_only:  # at test time there is no teacher
         return None
     Path(c.teacher_cache or c.out).mkdir(parents=True, exist_ok=True)  # or say so now
-    found = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
-    if c.teacher == "scripted" and not found:
-        raise SystemExit(
-            "train.py: no record has 'evidence' for --teacher scripted to look up; "
-            "take local or remote"
-        )
-    evidence = {name: e if isinstance(e, list) else [e] for name, e in found.items()}
+    evidence = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
     try:
-        return teacher.load_teacher(c, device, gate, answers, data.scripted(evidence))
+        return teacher.load_teacher(c, device, gate, answers, evidence)
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from error
 
@@ -319,14 +314,34 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
             if len([*Path(c.out, "repairs").glob("*.txt")]) * steps <= 8 * step:  # 8 in a run
                 ffr.show_repair(c, questions, groups, step + 1)
         bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
-        if (step + 1) % c.save_steps == 0 or step + 1 == steps:
+        useless = watch_teacher(history, rows, accelerator.is_main_process)
+        if (step + 1) % c.save_steps == 0 or step + 1 == steps or useless:
             save_checkpoint(accelerator, c, step + 1)
+        if useless:
+            raise SystemExit(f"train.py: {useless}; step {step + 1} is saved: mend it and --resume")
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
     if accelerator.is_main_process:
         shutil.rmtree(f"{c.out}/model", ignore_errors=True)  # weights and adapters do not mix
         student.model.save_pretrained(f"{c.out}/model", state_dict=weights)
         student.processor.save_pretrained(f"{c.out}/model")
     return history
+
+
+def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
+    """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
+    Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
+    if not history[-1]["teacher_failures"]:
+        return None
+    known = {name for metrics in history[:-1] for name in metrics}
+    said = {row["cause"]: f"{row['cause']}: {row['detail']}" for row in rows if row["cause"]}
+    news = [f"no patch ({said[cause]})" for cause in said if f"teacher_{cause}" not in known]
+    if not history[-1]["intervention"]:
+        news.append(f"step {history[-1]['step']}: the teacher helped none of the failed rollouts")
+    for line in news if tell else []:
+        tqdm.write(line)
+    asked = [m for m in history if m["teacher_failures"] or m["intervention"]][-HELPLESS:]
+    if len(asked) == HELPLESS and not any(m["intervention"] for m in asked):
+        return f"the teacher helped nobody in {HELPLESS} steps ({[*said.values()][-1]})"
 
 
 def save_checkpoint(accelerator, c: Config, step: int) -> None:

@@ -84,7 +84,7 @@ def rates(records: list[dict]) -> dict:
 def patch_texts(samples: list[data.Sample], leaks: bool, gate) -> list[str]:
     """What the student would read of each sample's patch: the scripted teacher's, after a random
     wrong answer, or that of one who says the answer."""
-    chat, rng = data.scripted({s.id: s.truth["evidence"] for s in samples}), random.Random(SEED)
+    chat, rng = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), random.Random(SEED)
     answers = {s.id: s.answer for s in samples}
 
     def tell(talks: list, seconds: float) -> list:

@@ -124,7 +124,7 @@ def questions(student, samples):
 @pytest.fixture
 def teach(samples):
     """The scripted teacher inside the whole protocol."""
-    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
     return lambda cases, **more: teacher.diagnose(cases, chat, reward.gate, **more)
 
 

@@ -101,7 +101,7 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     """One round and update as with sharded parameters: rank 1's teacher helps; rank 0's raises on
     every call, and one of rank 0's records does not open. Returns rollouts and figures."""
     rank = accelerator.process_index
-    chat = data.scripted({s.id: s.truth["evidence"] for s in samples})
+    chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
     brain = chat if rank else raising
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
     if rank == 0:
@@ -155,7 +155,7 @@ def report(accelerator, out, **facts):
 def raises(folder, out):
     """Some steps with a teacher on both ranks, then with one that raises on every call of rank 1."""
     accelerator, student, samples = setup(folder)
-    chat, facts = data.scripted({s.id: s.truth["evidence"] for s in samples}), {}
+    chat, facts = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), {}
     spare = ffr.open_question(student, samples[0])
     for name in ("normal", "raising"):
         config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)

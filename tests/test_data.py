@@ -2,8 +2,11 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -123,3 +126,39 @@ def test_needle_videos_are_reproducible_and_seeded(tmp_path):
     assert (tmp_path / "0/needle-3-00000.avi").read_bytes() == (
         tmp_path / "1/needle-3-00000.avi"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"options": ["dog", "cat"], "solution": "<answer>cat</answer>"}, "'cat'"),
+        ({"options": ["A. x", "B. y"], "solution": "<answer>AB</answer>"}, "'AB'"),
+        ({"options": ["A. x", "B. y"], "solution": "<answer>E</answer>"}, "'E' names none"),
+        ({"problem_type": "numerical", "solution": "<answer>3 or 4</answer>"}, "'3 or 4'"),
+        ({"problem_type": "regression", "solution": "<answer>soon</answer>"}, "'soon'"),
+    ],
+)
+def test_reference_that_no_answer_can_match_is_named(clip, tmp_path, changes, said):
+    record = {"problem": "What?", "problem_type": "multiple choice", "path": clip.name} | changes
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(record))
+    with pytest.raises(data.DataError, match=f"records.jsonl, record 1: .*{said}.*Correct it"):
+        data.load_samples(str(file))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), str(file)], capture_output=True, text=True
+    )
+    assert said in done.stdout + done.stderr
+
+
+def test_reference_is_read_as_people_write_it_and_other_fields_are_kept(clip, tmp_path):
+    kinds = {"numerical": "12 cm^2", "regression": "12:30", "OCR": "C++", "multiple choice": "(b)"}
+    file = tmp_path / "records.jsonl"
+    lines = []
+    for kind, answer in kinds.items():
+        record = {"problem": "What?", "problem_type": kind, "options": ["A. x", "B. y"]}
+        record |= {"solution": f"<answer>{answer}</answer>", "path": clip.name}
+        lines.append(json.dumps(record | {"subtitles": f"for {kind}"}))
+    file.write_text("\n".join(lines))
+    samples = data.load_samples(str(file))
+    assert [sample.answer for sample in samples] == [*kinds.values()]
+    assert [sample.record for sample in samples] == [{"subtitles": f"for {kind}"} for kind in kinds]

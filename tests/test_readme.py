@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import ffr
 import reward
+import teacher
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -180,7 +180,7 @@ def test_why_a_video_was_misread_is_told_and_drawn(
     samples, model_folder, tmp_path, teach, monkeypatch, capsys
 ):
     sample = samples[0]
-    evidence = data.scripted({"video": sample.truth["evidence"]})
+    evidence = teacher.scripted({"video": sample.truth["evidence"]})
     monkeypatch.setattr(
         train,
         "load_teacher",

@@ -43,12 +43,13 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, samples):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.brain = data.scripted({s.id: s.truth["evidence"] for s in samples})
+        self.brain = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
         self.guess = "<answer>no idea</answer>"
         self.reset()
 
     def reset(self):
-        self.fault, self.seen, self.headers = (lambda messages, times: None), Counter(), []
+        self.fault, self.seen = (lambda messages, times: None), Counter()
+        self.headers, self.bodies = [], []
 
     def reply(self, messages):
         """What a good teacher says: in the blind test, which has one message, a guess."""
@@ -63,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         talk = json.dumps(body["messages"])
         self.server.seen[talk] += 1
+        self.server.bodies.append(body)
         self.server.headers.append({k.lower(): v for k, v in self.headers.items()})
         sent = self.server.fault(body["messages"], self.server.seen[talk])
         if sent is None:
@@ -494,3 +496,148 @@ def test_a_short_or_broken_key_does_no_harm(endpoint, monkeypatch):
     endpoint.fault = lambda messages, times: say("box of 1 x")
     talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     assert teacher.remote(endpoint.url, "m", "x")([talk], 5.0) == [("box of 1 x", 7)]
+
+
+def message(finish="stop", usage=None, **fields):
+    """A reply of any shape."""
+    fields = {"role": "assistant", "content": None} | fields
+    choice = {"index": 0, "message": fields, "finish_reason": finish}
+    body = {"choices": [choice], "usage": usage}
+    return 200, {"content-type": "application/json"}, json.dumps(body).encode()
+
+
+def refused(status, words, **more):
+    body = {"error": {"message": words, **more}}
+    return status, {"content-type": "application/json"}, json.dumps(body).encode()
+
+
+PATCH = patch_of(content="look there", key_frames=[3])
+NATIVE = [{"id": "1", "type": "function", "function": {"name": "get_frame"}}]
+NATIVE[0]["function"]["arguments"] = '{"frame_index": 3}'
+PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": PATCH}]
+OVER_LIMIT = refused(200, "Provider returned error", code=429)
+ODD = {  # what is sent for ever, what it ends in: a patch, or a cause and the server's words
+    "no usage": (message(content=PATCH), None, ""),
+    "usage without its parts": (message(content=PATCH, usage={"total_tokens": 5}), None, ""),
+    "content in parts": (message(content=PARTS), None, ""),
+    "all in the reasoning": (message(reasoning_content=PATCH), None, ""),
+    "cut in the reasoning": (message("length", reasoning_content="Let me"), "length", "Let me"),
+    "cut": (message("length", content="I was going"), "length", "raise --teacher_max_tokens"),
+    "filtered": (message("content_filter", content="[filtered]"), "content_filter", "filtered"),
+    "refused": (message(refusal="I will not watch this"), "refusal", "I will not watch this"),
+    "native tool calls": (message("tool_calls", tool_calls=NATIVE), "turns", ""),
+    "nothing": (message(), "malformed", "no JSON"),
+    "no choices": ((200, {}, b'{"choices": []}'), "malformed", "no choices"),
+    "an error in a 200": (OVER_LIMIT, "http_429", "Provider returned error"),
+    "an error in a 200, by name": (refused(200, "no", code="busy"), "http_400", "no"),
+    "a page": ((200, {"content-type": "text/html"}, b"Please log in"), "malformed", "log in"),
+    "a page with a 502": ((502, {"content-type": "text/html"}, b"Bad Gateway"), "http_502", "Bad"),
+    "a stream": ((200, {"content-type": "text/event-stream"}, b"data: x"), "malformed", "data: x"),
+    "no such model": (refused(404, "The model `m` does not exist."), "http_404", "not exist"),
+    "one picture": (refused(400, "At most 1 image(s) may be"), "http_400", "At most 1 image"),
+    "no pictures": (refused(500, "image input is not supported"), "http_500", "not supported"),
+    "a short context": (refused(400, "maximum context length is 8192"), "http_400", "8192"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
+    name, endpoint, samples, make_config
+):
+    sent, cause, words = ODD[name]
+    endpoint.fault = lambda messages, times: sent
+    case = teacher.Case("c", "What is it?", [], "ring", "hm", data.Video(samples[0].path))
+    (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
+    if cause is None:
+        assert isinstance(verdict, EvidencePatch) and verdict.key_frames == [3]
+    else:
+        assert verdict.cause == cause and words in verdict.detail
+    if cause == "turns":
+        second = next(talk for talk in map(json.loads, endpoint.seen) if len(talk) > 2)
+        assert second[2]["content"][0]["text"].strip() == 'TOOL_CALL: get_frame({"frame_index": 3})'
+        assert second[3]["content"][0]["text"].startswith("frame 3 ")
+    if cause in ("http_429", "http_500", "http_502"):
+        assert [*endpoint.seen.values()] == [teacher.MAX_TRIES]
+    config = make_config(teacher="remote", teacher_url=endpoint.url, teacher_model="m")
+    if cause in (None, "turns"):
+        train.load_teacher(config, samples, "cpu")
+    else:  # the trial at the start says so, and what to do
+        with pytest.raises(SystemExit, match="--num_frames") as stop:
+            train.load_teacher(config, samples, "cpu")
+        assert name == "nothing" or cause in str(stop.value) and words in str(stop.value)
+
+
+def test_an_error_in_a_200_is_tried_again(endpoint, samples):
+    endpoint.fault = first(refused(200, "busy", code=502), OVER_LIMIT, message(content=PATCH))
+    case = teacher.Case("c", "?", [], "ring", "hm", data.Video(samples[0].path))
+    (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
+    assert isinstance(verdict, EvidencePatch) and [*endpoint.seen.values()] == [3]
+
+
+def test_newer_name_of_the_token_limit_is_taken_where_it_is_asked_for(endpoint):
+    said = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'."
+    chat, hi = teacher.remote(endpoint.url, "m"), [{"role": "user", "content": "hi"}]
+    endpoint.fault = first(refused(400, said), message(content="once"))
+    assert chat([hi], 9.0) == [("once", 0)] and endpoint.seen.total() == 2
+    assert chat([hi], 9.0)[0][0] == endpoint.guess and endpoint.seen.total() == 3  # remembered
+    asked = ["max_completion_tokens" in body for body in endpoint.bodies]
+    assert asked == [False, True, True]
+
+
+def test_waits_between_tries_double(endpoint, monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.2)
+    times = []
+    endpoint.fault = lambda messages, n: times.append(time.time()) or (503, {}, b"busy")
+    teacher.remote(endpoint.url, "m")([[{"role": "user", "content": "hi"}]], 20.0)
+    first_wait, _, third = [b - a for a, b in zip(times, times[1:])]
+    assert third > 2.3 * first_wait  # 0.2 and 0.8 s, less a quarter at most
+
+
+def test_trial_shows_as_many_pictures_as_a_case_has(endpoint, samples, make_config):
+    seen = []
+
+    def one_picture(messages, times):
+        seen.append(sum(part["type"] == "image_url" for part in messages[1]["content"]))
+        return refused(400, "At most 8 images") if seen[-1] > 8 else None
+
+    endpoint.fault = one_picture
+    given = dict(teacher="remote", teacher_url=endpoint.url, teacher_model="m")
+    with pytest.raises(SystemExit, match="At most 8 images.*--num_frames"):
+        train.load_teacher(make_config(**given, num_frames=9), samples, "cpu")
+    train.load_teacher(make_config(**given, num_frames=8), samples, "cpu")
+    assert seen == [9, 8]
+
+
+def test_blind_test_asks_once_a_question_and_once_a_patch_and_is_replayed(
+    make_config, accelerator, samples, endpoint, monkeypatch, tmp_path, some_right
+):
+    """Words from which the endpoint answers right, and without them wrong, are asked for again."""
+    asked = Counter()
+
+    def fault(messages, times):
+        if len(messages) > 1:
+            return None
+        text = messages[0]["content"][0]["text"]
+        asked["with words" if "Someone who has seen it says" in text else "alone"] += 1
+        answers = [s.answer for s in samples if s.question in text]
+        told = "Someone who has seen it says: the flash is here" in text
+        return say(f"<answer>{answers[0] if told else 'no idea'}</answer>")
+
+    endpoint.fault = fault
+    runs = []
+    for url in (endpoint.url, ""):
+        config = {"blind_test": True, "teacher_cache": str(tmp_path / "cache"), "max_steps": 2}
+        config |= {"teacher": "remote", "teacher_url": url, "teacher_model": "m"}
+        config = make_config(**config)
+        teach = train.load_teacher(config, samples, "cpu")
+        runs.append(train_once(config, accelerator, samples, teach)[1])
+        calls = endpoint.seen.total()
+    live, replayed = runs
+    assert endpoint.seen.total() == calls and replayed[0]["teacher_calls"] == 0
+    questions = len({s.question for s in samples})
+    assert 0 < asked["alone"] <= questions and asked["with words"] > 0
+    assert sum(row["teacher_refused"] for row in live) > 0
+    for a, b in zip(live, replayed):
+        for name in a:
+            if not name.startswith(("seconds", "teacher_calls", "teacher_hits", "teacher_tokens")):
+                assert a[name] == b[name] or name == "teacher_seconds", name

@@ -3,8 +3,12 @@
 import base64
 import io
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from cold_start import needle_rationale
@@ -282,7 +286,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
 def test_scripted_brain_names_the_step_that_failed(samples):
     sample = samples[0]
     cue, look = sample.truth["cue"], sample.truth["look"]
-    chat = data.scripted({sample.id: sample.truth["evidence"]})
+    chat = teacher.scripted({sample.id: sample.truth["evidence"]})
     video = data.Video(sample.path)
 
     def patch(*cited):
@@ -457,3 +461,88 @@ def test_failures_hold_no_memory():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def blind_brain(reads, says=patch_json):
+    """A brain that answers blind questions by `reads(text)` and else says its patch."""
+    asked = []
+
+    def chat(talks, seconds):
+        replies = []
+        for talk in talks:
+            if len(talk) == 1:
+                asked.append(talk[0]["content"][0]["text"])
+            replies.append((reads(asked[-1]) if len(talk) == 1 else says(), 1))
+        return replies
+
+    chat.asked = asked
+    return chat
+
+
+def test_words_that_answer_the_question_blind_are_asked_for_again_then_left_out():
+    chat = blind_brain(lambda text: "book" if "follow the hand" in text else "no idea")
+    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    assert patch.guidance == "" and patch.key_frames == [4] and len(patch.refusals) == 2
+    assert [("follow the hand" in text) for text in chat.asked] == [False, True, True]
+    assert all("What is put down?" in text and "book" not in text for text in chat.asked)
+    careful = blind_brain(lambda text: "no idea")
+    (patch,) = diagnose([make_case()], careful, right=reward.answers)
+    assert patch.guidance == "follow the hand" and not patch.refusals
+
+
+def test_what_a_brain_knows_without_words_is_not_told_by_them():
+    """Right in any case: the words are not to blame, and not even read."""
+    chat, alone = blind_brain(lambda text: "<think>hm</think><answer>the book</answer>"), {}
+    cases = [make_case(response=words, answer="the book") for words in "abc"]
+    patches = diagnose(cases, chat, right=reward.answers, alone=alone)
+    assert {patch.guidance for patch in patches} == {"follow the hand"} and alone == {"c": True}
+    assert len(chat.asked) == 1
+    diagnose(cases, chat, right=reward.answers, alone=alone)
+    assert len(chat.asked) == 1  # once a question, not once a step
+
+
+def test_patch_without_words_is_not_read_blind():
+    chat = blind_brain(lambda text: "book", lambda: patch_json(""))
+    (patch,) = diagnose([make_case()], chat, right=reward.answers, alone={"c": False})
+    assert patch.key_frames == [4] and chat.asked == []
+
+
+def test_local_brain_that_dies_above_two_conversations_answers_all(student, monkeypatch):
+    """Out of memory: the batch is halved, and only a conversation that fails alone is lost."""
+    sizes, generate = [], student.model.generate
+
+    def dies(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("out of memory")
+        if sizes[-1] == 1 and inputs["input_ids"].shape[1] > longest:
+            raise RuntimeError("too long")
+        return generate(**inputs)
+
+    monkeypatch.setattr(student.model, "generate", dies)
+    chat = teacher.local(student.model, student.processor, max_tokens=2, batch=7)
+    talks = [[{"role": "user", "content": "hi"}]] * 9
+    longest = 10_000
+    assert all(isinstance(reply, tuple) for reply in chat(talks, 60.0))
+    assert sizes == [7, 3, 1, 2, 4, 2, 2, 2] and max(sizes) == 7
+    longest = 9
+    sizes.clear()
+    replies = chat([[{"role": "user", "content": "a long word " * 9}], talks[0]], 60.0)
+    assert isinstance(replies[1], tuple)
+
+
+def test_ctrl_c_ends_a_waiting_diagnosis_at_once(tmp_path):
+    code = """
+import sys, time; sys.path.insert(0, sys.argv[1]); import teacher
+from test_teacher import make_case
+print("ready", flush=True)
+teacher.diagnose([make_case()], lambda talks, seconds: time.sleep(60), lambda *_: None)
+"""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", code, str(tests.parent)]
+    process = subprocess.Popen(command, cwd=tests, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    began = time.time()
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1] and time.time() - began < 5

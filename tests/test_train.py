@@ -16,6 +16,8 @@ from conftest import ROOT, scored
 import data
 import ffr
 import grpo
+import reward
+import teacher
 import train
 from teacher import TeacherError
 
@@ -504,3 +506,40 @@ def test_every_setting_is_read():
     objective = (ROOT / "grpo.py").read_text(encoding="utf-8")
     for name in grpo.Objective.__dataclass_fields__:
         assert f"objective.{name}" in objective, name
+
+
+def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
+    make_config, accelerator, samples, some_right, tmp_path, monkeypatch, capsys
+):
+    def refuses(cases, spent):
+        return [teacher.TeacherError("http_402", "no credit left")] * len(cases)
+
+    monkeypatch.setattr(train, "HELPLESS", 3)
+    config = make_config(max_steps=9)
+    with pytest.raises(SystemExit, match="helped nobody in 3 steps.*no credit left.*--resume"):
+        train_once(config, accelerator, samples, refuses)
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert said.count("no patch (http_402: no credit left)") == 1
+    assert said.count("the teacher helped none of the failed rollouts") == 3
+    assert [*(tmp_path / "checkpoints").iterdir()] == [tmp_path / "checkpoints" / "000003"]
+    rows = data.read_rows(tmp_path / "metrics.jsonl")
+    assert len(rows) == 3
+    table = reward.summarize_run([], [], rows)
+    assert table["teacher_http_402"] == table["teacher_failures"] > 0
+
+
+def test_teacher_that_helps_now_and_then_does_not_stop_the_run(
+    make_config, accelerator, samples, some_right, monkeypatch, teach
+):
+    steps = []
+
+    def every_second(cases, spent):
+        steps.append(cases)
+        if len(steps) % 2:
+            return [teacher.TeacherError("busy")] * len(cases)
+        return teach(cases)
+
+    monkeypatch.setattr(train, "HELPLESS", 2)
+    _, history = train_once(make_config(max_steps=5), accelerator, samples, every_second)
+    assert len(history) == 5
