@@ -470,25 +470,27 @@ def diagnose(
     num_frames: int = 16,
     timeout: float = 480.0,
     right: Callable[[str, Case], bool] | None = None,
-    alone: dict[str, bool] | None = None,
+    alone: dict[tuple, bool] | None = None,
     spent: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
     """A patch for each case, or why there is none, within `timeout` seconds. All conversations go
     on together, a turn at a time; equal cases share one. `right` (does a reply answer the case?)
     asks for the blind test, unless the brain knows the answer without any words; `alone` remembers
-    that by case id. Refusals are counted in `spent`."""
+    that by case id and question. Refusals are counted in `spent`."""
     end = time.monotonic() + timeout
     ask = with_deadline(chat)
     alone = {} if alone is None else alone
     if right:
-        new = {case.id: case for case in cases if case.id not in alone}
+        new = {(case.id, case.question): case for case in cases}
+        new = {question: case for question, case in new.items() if question not in alone}
         replies = ask([blind_messages(case, "") for case in new.values()], timeout)
-        for case, reply in zip(new.values(), replies):
-            alone[case.id] = isinstance(reply, tuple) and right(reply[0], case)
+        for question, reply in zip(new, replies):
+            if isinstance(reply, tuple):
+                alone[question] = right(reply[0], new[question])
 
     talks = {}
     for case in cases:
-        test = right if right and not alone[case.id] else None
+        test = None if alone.get((case.id, case.question)) else right
         talks[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
     waiting = [talk for talk in talks.values() if talk.outcome is None]
     while waiting:

@@ -20,12 +20,8 @@ from typing import Annotated, Literal, get_args
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    fsdp_utils,
-    gather_object,
-)
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -112,7 +108,7 @@ HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
 # May differ when a run is resumed.
 FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url"} | {
-    f"teacher_{name}" for name in ("device", "workers", "timeout", "step_timeout")
+    f"teacher_{name}" for name in ("device", "batch", "workers", "timeout", "step_timeout")
 }
 
 
@@ -213,7 +209,7 @@ def reference_policy(c: Config, accelerator, model):
         return model if c.beta > 0 else None
     reference = deepcopy(model).eval().requires_grad_(False)
     if accelerator.is_fsdp2:
-        reference = fsdp_utils.fsdp2_prepare_model(accelerator, reference)
+        reference = fsdp2_prepare_model(accelerator, reference)
         reference.set_reshard_after_forward(True)  # no backward comes that would do it
     elif accelerator.mixed_precision == "bf16":
         ffr.store_linears_in_bf16(reference)
@@ -330,17 +326,15 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
 def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
     """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
     Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
-    if not history[-1]["teacher_failures"]:
-        return None
     known = {name for metrics in history[:-1] for name in metrics}
     said = {row["cause"]: f"{row['cause']}: {row['detail']}" for row in rows if row["cause"]}
     news = [f"no patch ({said[cause]})" for cause in said if f"teacher_{cause}" not in known]
-    if not history[-1]["intervention"]:
+    if said and not history[-1]["intervention"]:
         news.append(f"step {history[-1]['step']}: the teacher helped none of the failed rollouts")
     for line in news if tell else []:
         tqdm.write(line)
     asked = [m for m in history if m["teacher_failures"] or m["intervention"]][-HELPLESS:]
-    if len(asked) == HELPLESS and not any(m["intervention"] for m in asked):
+    if said and len(asked) == HELPLESS and not any(m["intervention"] for m in asked):
         return f"the teacher helped nobody in {HELPLESS} steps ({[*said.values()][-1]})"
 
 

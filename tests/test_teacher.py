@@ -495,7 +495,9 @@ def test_what_a_brain_knows_without_words_is_not_told_by_them():
     chat, alone = blind_brain(lambda text: "<think>hm</think><answer>the book</answer>"), {}
     cases = [make_case(response=words, answer="the book") for words in "abc"]
     patches = diagnose(cases, chat, right=reward.answers, alone=alone)
-    assert {patch.guidance for patch in patches} == {"follow the hand"} and alone == {"c": True}
+    assert {patch.guidance for patch in patches} == {"follow the hand"} and [*alone.values()] == [
+        True
+    ]
     assert len(chat.asked) == 1
     diagnose(cases, chat, right=reward.answers, alone=alone)
     assert len(chat.asked) == 1  # once a question, not once a step
@@ -503,7 +505,9 @@ def test_what_a_brain_knows_without_words_is_not_told_by_them():
 
 def test_patch_without_words_is_not_read_blind():
     chat = blind_brain(lambda text: "book", lambda: patch_json(""))
-    (patch,) = diagnose([make_case()], chat, right=reward.answers, alone={"c": False})
+    (patch,) = diagnose(
+        [make_case()], chat, right=reward.answers, alone={("c", "What is put down?"): False}
+    )
     assert patch.key_frames == [4] and chat.asked == []
 
 
