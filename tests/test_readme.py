@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -34,15 +35,26 @@ def test_the_table_is_the_measured_one():
 
 def test_leak_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "leaks.json").read_text())
-    words = " ".join(README.split())
-    for key, among in (("caught", "leaks"), ("refused", "clean"), ("implied_caught", "implied")):
-        built, held = (
-            "{} of {}".format(half[key], half[among]) for half in (found, found["held_out"])
+    more = (ROOT / "assets" / "leaks.md").read_text(encoding="utf-8")
+    halves, words = (found, found["held_out"]), " ".join(README.split())
+    for label, hit, among in (
+        ("the answer is stated", "caught", "leaks"),
+        ("clean", "refused", "clean"),
+        ("the answer is only implied", "implied_caught", "implied"),
+    ):
+        rules, blind = (
+            ", ".join(f"{half[key]} of {half[among]}" for half in halves)
+            for key in (hit, f"{hit}_blind")
         )
-        assert re.search(rf"{built} [a-z ]+\({held}( held out)?\)", words), key
+        assert f"| {label} | {rules} | {blind} |" in README
+    for label, among in (("stated", "leaks"), ("implied", "implied")):
+        caught, of = (
+            sum(half[f"{among}_unguessed{end}"] for half in halves) for end in ("_blind", "")
+        )
+        assert f"{caught} of {of} {label}" in words
     probe = found["blind_probe"]
     for share in ("question_alone", "patch", "leaking_teacher", "leaking_teacher_gated", "chance"):
-        assert f"{probe[share]:.3f}" in README
+        assert f"{probe[share]:.3f}" in more
 
 
 MEMORY = (
@@ -55,31 +67,41 @@ MEMORY = (
 
 def test_memory_table_is_the_computed_one():
     found = json.loads((ROOT / "assets" / "memory.json").read_text())
+    text = (ROOT / "assets" / "memory.md").read_text(encoding="utf-8")
     columns = [found["GB"][name] for name in MEMORY]
     for name in ("weights, gradients, Adam", "reference", "one GPU", "8 GPUs, FSDP2"):
-        assert f"| {name} | " + " | ".join(f"{c[name]:.1f}" for c in columns) + " |" in README
+        assert f"| {name} | " + " | ".join(f"{c[name]:.1f}" for c in columns) + " |" in text
     worst = max(fit[1] for fits in found["fits"].values() for fit in fits.values())
     peaks = sum(2 * len(points) for points in found["points"].values())
-    assert f"{peaks} peaks met within {math.ceil(100 * worst)} %" in " ".join(README.split())
+    assert f"{peaks} peaks met within {math.ceil(100 * worst)} %" in " ".join(text.split())
     assert columns[1]["8 GPUs, FSDP2"] < 70 and columns[3]["one GPU"] < 80
+    one, lora = (columns[k]["one GPU"] for k in (1, 3))
+    said = f"{one:.1f} GB with checkpointing, {lora:.1f} with LoRA of rank 16; on 8 with FSDP2"
+    assert f"{said} {columns[1]['8 GPUs, FSDP2']:.1f} each" in " ".join(README.split())
 
 
 def test_gpu_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "gpu.json").read_text())
-    whole, words = found["all weights, checkpointed"], " ".join(README.split())
+    text = (ROOT / "assets" / "gpu.md").read_text(encoding="utf-8")
+    whole, words = found["all weights, checkpointed"], " ".join(text.split())
 
     def cell(row):
         return f"{row['seconds']:.2f} s, {row['peak_GB']:.1f} GB"
 
     for label, way in (("all weights", whole), ("LoRA of rank 16", found["LoRA, checkpointed"])):
         cells = [cell(way[f"update, {rows}"]) for rows in ("shared rows", "rows of their own")]
-        assert f"| `update`, {label}, checkpointed | {cells[0]} | {cells[1]} |" in README
+        assert f"| `update`, {label}, checkpointed | {cells[0]} | {cells[1]} |" in text
     shared = cell(found["LoRA"]["update, shared rows"])
-    assert f"| `update`, LoRA of rank 16 | {shared} | out of memory |" in README
-    assert "out of memory" in found["LoRA"] and f"{whole['parameters'] / 1e9:.2f} B" in README
+    assert f"| `update`, LoRA of rank 16 | {shared} | out of memory |" in text
+    assert "out of memory" in found["LoRA"] and f"{whole['parameters'] / 1e9:.2f} B" in text
     assert f"`generate` takes {cell(whole['generate'])}" in words
     assert f"own cache, {cell(whole['bare calls of generate'])}" in words
     assert f"differ by {whole['logp_gap']:.2f} at most" in words
+    first, second = (
+        "{seconds:.2f} s and {peak_GB:.1f} GB".format(**found[way]["update, shared rows"])
+        for way in ("all weights, checkpointed", "LoRA, checkpointed")
+    )
+    assert f"takes {first}, with LoRA {second}" in " ".join(README.split())
 
 
 def test_speed_table_is_the_measured_one():
@@ -163,6 +185,15 @@ def test_reward_for_trl_is_the_robust_improvement_reward():
     )
     # R + R_fmt; plain; with the tax and alignment 1; with the tax
     assert rewards == pytest.approx([2.0, 1.0, 2.0 - 0.3 + 0.1, 1.0 - 0.3])
+
+
+def test_teacher_of_ones_own_needs_teacher_alone(tmp_path):
+    shutil.copy(ROOT / "teacher.py", tmp_path)
+    code = snippet("class Clip") + "\nprint(patch)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "guidance='look at the end', key_frames=[15]" in done.stdout, done.stderr
 
 
 def test_repair_round_in_a_loop_of_ones_own_trains(tmp_path, monkeypatch):
