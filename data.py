@@ -367,7 +367,6 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
     return str(root / "records.jsonl")
 
 
-# --- a teacher's brain without a model ---
 # --- the records of a step, and the rows of a run, one JSON object a line ---
 def pick(samples, step: int, c, accelerator) -> list[Sample]:
     """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""

@@ -29,7 +29,6 @@ from typing import Annotated, Literal, NamedTuple
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-import transformers
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
@@ -68,7 +67,7 @@ class Case:
     options: list[str]
     answer: str
     response: str
-    video: Sized  # a hashable clip: len(), `seconds(i)` and `frame(i)` of an original frame
+    video: Sized  # hashable, with len(), `seconds(i)` and `frame(i)`, a PIL image
     problem_type: str = "free-form"
     record: dict = field(default_factory=dict, repr=False)  # its other fields, for tools
 
@@ -208,7 +207,10 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     return max(28, int(image.width / shrink)), max(28, int(image.height / shrink))
 
 
-# --- the tools: functions of the case and of what the teacher writes, which return chat parts ---
+# --- the tools ---
+# Functions of the case and of arguments that come as text. They return a list of chat parts; the
+# sentence of an error goes back to the teacher. To add one, write it and name it in TOOLS; it finds
+# a record's further fields in `case.record`.
 def get_frame(case, frame_index):
     return picture_parts(case.video, frame_number(frame_index, case.video))
 
@@ -232,7 +234,8 @@ TOOLS = {tool.__name__: tool for tool in (get_frame, zoom_region, get_temporal_s
 
 def signature(name: str) -> str:
     """A tool's arguments, as the prompt shows them: all but the case."""
-    return re.sub(r"^\(case(, )?", "(", str(inspect.signature(TOOLS[name])))
+    case, *others = inspect.signature(TOOLS[name]).parameters.values()
+    return f"({', '.join(str(one.replace(annotation=one.empty)) for one in others)})"
 
 
 def read_calls(text: str) -> list[tuple[str, str]]:
@@ -247,7 +250,7 @@ def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
     Raises ValueError, a sentence for the teacher."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
-    found = re.findall(r"(?:[\"']?(\w+)[\"']?\s*[=:]\s*)?([^\s,=:\[\]{}]+)", arguments)
+    found = re.findall(r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?([^\s,=\[\]{}]+)", arguments)
     positional = [value.strip("\"'") for key, value in found if not key]
     named = {key: value.strip("\"'") for key, value in found if key}
     try:
@@ -398,7 +401,7 @@ class Conversation:
         self.transcript, self.refusals = [], []
         try:
             self.messages = first_messages(case, show_answer, num_frames)
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # whatever a decoder raises costs this case alone
             self.messages, self.outcome = [], TeacherError("video", str(error))
         self.steps = self.talk(self.messages)
         next(self.steps)
@@ -448,7 +451,7 @@ class Conversation:
             self.transcript.append(f"{name}({arguments})")
             try:
                 parts += run_tool(name, arguments, self.case)
-            except (*BAD_DATA, OSError) as error:
+            except Exception as error:
                 parts.append(text_part(f"{name} failed: {error}"))
                 self.transcript[-1] += f" failed: {error}"
         return parts
@@ -474,9 +477,9 @@ def diagnose(
     spent: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
     """A patch for each case, or why there is none, within `timeout` seconds. All conversations go
-    on together, a turn at a time; equal cases share one. `right` (does a reply answer the case?)
-    asks for the blind test, unless the brain knows the answer without any words; `alone` remembers
-    that by case id and question. Refusals are counted in `spent`."""
+    on together, a turn at a time; equal cases share one. `gate` may be reward.py's. `right` (does a
+    reply answer the case?) asks for the blind test, unless the brain knows the answer without any
+    words, which `alone` remembers by case. Refusals are counted in `spent`."""
     end = time.monotonic() + timeout
     ask = with_deadline(chat)
     alone = {} if alone is None else alone
@@ -517,6 +520,8 @@ def with_deadline(chat: Chat) -> Chat:
                 said[:] = [
                     checked(reply) for _, reply in zip(talks, chat(talks, seconds), strict=True)
                 ]
+            except TeacherError as error:
+                said[:] = [error] * len(talks)
             except Exception as error:
                 raised = TeacherError("raised", plain(f"{type(error).__name__}: {error}"))
                 said[:] = [raised] * len(talks)
@@ -533,7 +538,12 @@ def with_deadline(chat: Chat) -> Chat:
 def checked(reply) -> Reply:
     if isinstance(reply, TeacherError):
         return reply
-    return plain(reply[0][:MAX_REPLY]), int(reply[1])
+    try:
+        return plain(reply[0][:MAX_REPLY]), int(reply[1])
+    except Exception as error:
+        raise TypeError(
+            f"a reply is (words, tokens) or a TeacherError, not {reply!r:.99}"
+        ) from error
 
 
 def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
@@ -759,6 +769,8 @@ def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Call
             raise ValueError("no record has 'evidence' to look up; take a local or remote teacher")
         chat = scripted(evidence)
     elif kind == "local":
+        import transformers
+
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         model = model.to(c.teacher_device or device).eval()

@@ -189,11 +189,12 @@ def test_reward_for_trl_is_the_robust_improvement_reward():
 
 def test_teacher_of_ones_own_needs_teacher_alone(tmp_path):
     shutil.copy(ROOT / "teacher.py", tmp_path)
-    code = snippet("class Clip") + "\nprint(patch)"
+    code = snippet("class Clip") + "\nprint(patch, patch.transcript)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert "guidance='look at the end', key_frames=[15]" in done.stdout, done.stderr
+    assert "guidance='Compare the two halves.', key_frames=[12]" in done.stdout, done.stderr
+    assert "['get_frame(12)']" in done.stdout
 
 
 def test_repair_round_in_a_loop_of_ones_own_trains(tmp_path, monkeypatch):

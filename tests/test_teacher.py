@@ -277,10 +277,35 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
             lambda *_: None,
             lambda *_: [3],
             lambda *_: [(3, 1)],
+            lambda *_: ["words alone"],
         )
     ]
-    assert causes == ["raised", "timeout", *["raised"] * 4] and time.time() - began < 5
+    assert causes == ["raised", "timeout", *["raised"] * 5] and time.time() - began < 5
     assert diagnose([make_case()], lambda *_: [("TOOL_CALL: get_frame(1)", 0)])[0].cause == "turns"
+
+
+def test_brain_may_raise_a_teacher_error_and_tools_and_clips_may_raise_anything(monkeypatch):
+    def declines(talks, seconds):
+        raise TeacherError("declined", "not today")
+
+    assert diagnose([make_case()], declines)[0].cause == "declined"
+    (error,) = diagnose([make_case()], lambda *_: ["words"])
+    assert "a reply is (words, tokens)" in error.detail
+
+    def fails(case):
+        raise AssertionError("no disk")
+
+    monkeypatch.setitem(teacher.TOOLS, "fails", fails)
+    (patch,) = diagnose([make_case()], brain("TOOL_CALL: fails()", patch_json()))
+    assert patch.transcript == ["fails() failed: no disk"]
+
+    class Odd(Clip):
+        def frame(self, index):
+            raise AssertionError("bad packet")
+
+    cases = [make_case(video=Odd()), make_case()]
+    error, patch = diagnose(cases, brain(patch_json()))
+    assert (error.cause, error.detail) == ("video", "bad packet") and patch.key_frames == [4]
 
 
 def test_scripted_brain_names_the_step_that_failed(samples):
