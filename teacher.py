@@ -239,25 +239,33 @@ def signature(name: str) -> str:
 
 
 def read_calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments of each tool call, written as a line or as JSON."""
-    line = r"TOOL[_ ]CALL\W*(\w+)\s*\(([^()]*)\)"
-    as_json = r'"name"\s*:\s*"(\w+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{[^{}]*\})'
-    return [(a or c, b or d) for a, b, c, d in re.findall(f"{line}|{as_json}", text, re.IGNORECASE)]
+    """The name and the arguments of each tool call: in a line, as JSON, in GLM's tags."""
+    text = text.replace("\\_", "_")
+    text = re.sub(r"<arg_key>(\w+)</arg_key>\s*<arg_value>([^<]*)</arg_value>", r"\1=\2,", text)
+    forms = [
+        r"TOOL[_ -]?CALLS?\W*(?:functions\.)?(\w{1,40})\W{0,3}\(((?:[^()]|\([^()]*\))*)\)",
+        r"""["']name["']\s*:\s*["'](\w{1,40})["']\s*,\s*["'](?:arguments|parameters)["']\s*:"""
+        r"""\s*["']?(\{(?:[^{}]|\{[^{}]*\})*\})""",
+        r"<tool_call>\s*(\w{1,40})\s*((?:\w{1,40}=[^,<]*,\s*)+)",
+    ]
+    calls = [match for form in forms for match in re.finditer(form, text, re.IGNORECASE)]
+    return [match.groups() for match in sorted(calls, key=lambda match: match.start())]
 
 
 def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
-    """Execute a tool call on the original video. Arguments are taken as text, never evaluated.
-    Raises ValueError, a sentence for the teacher."""
+    """Execute a tool call on the original video. Arguments are taken as text, never evaluated; if
+    their names are not the tool's, its numbers in their order. Raises ValueError, a sentence."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
     found = re.findall(r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?([^\s,=\[\]{}]+)", arguments)
     positional = [value.strip("\"'") for key, value in found if not key]
     named = {key: value.strip("\"'") for key, value in found if key}
-    try:
-        bound = inspect.signature(TOOLS[name]).bind(case, *positional, **named)
-    except TypeError as error:
-        raise ValueError(f"{name} takes {signature(name)}: {error}") from error
-    return TOOLS[name](*bound.args, **bound.kwargs)
+    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", arguments)
+    for args, kwargs in ((positional, named), (numbers, {})):
+        with suppress(TypeError):
+            bound = inspect.signature(TOOLS[name]).bind(case, *args, **kwargs)
+            return TOOLS[name](*bound.args, **bound.kwargs)
+    raise ValueError(f"{name} takes {signature(name)}, not ({arguments})")
 
 
 def frame_number(value, video: Sized) -> int:
@@ -273,14 +281,15 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
     try:
         reply = read_json(text)
         evidence = reply.get("evidence_patch", reply)
+        evidence = evidence[0] if isinstance(evidence, list) else evidence
         patch = EvidencePatch("spatial", read_words(evidence.get("content")))
         patch.key_frames = read_frames(evidence.get("key_frames"), video)
         patch.spans = read_spans(evidence.get("temporal_markers"), video)
         regions = evidence.get("spatial_regions") or []
         for region in regions if isinstance(regions, list) else [regions]:
-            with suppress(*BAD_DATA, OSError):
+            with suppress(Exception):  # a decoder's errors, too
                 patch.regions.append(read_region(region, patch.key_frames, video))
-        kind = str(reply.get("error_classification")).lower()
+        kind = str((evidence | reply).get("error_classification")).lower()
     except BAD_DATA as error:
         raise TeacherError("malformed", plain(f"{error} in: {text[-200:]}")) from error
     if is_empty(patch):
@@ -299,21 +308,35 @@ def without_words(patch: EvidencePatch) -> EvidencePatch:
 
 
 def read_json(text: str) -> dict:
-    """The object that holds the patch, with prose, braces and fences around it. YAML takes what
-    JSON does not: single quotes, trailing commas, line breaks in a text. Raises ValueError."""
+    """The last object that holds a patch, whatever stands around it. Raises ValueError."""
+    text = re.sub(r'(\\["\\/bfnrtu])|\\', r"\1", text)  # not what JSON does not escape: \' and \_
+    wanted = "evidence_patch" if "evidence_patch" in text else "key_frames"
+    decode, found = json.JSONDecoder(strict=False).raw_decode, None
+    start = text.find("{")
+    while start >= 0:
+        end = start + 1
+        with suppress(ValueError, RecursionError):
+            value, stop = decode(text, start)
+            if wanted in value:
+                found, end = value, stop
+        start = text.find("{", end)
+    return found or read_yaml(text)
+
+
+def read_yaml(text: str) -> dict:
+    """The same of what is no JSON: YAML takes single quotes, trailing commas, line breaks in a
+    text. Comments, references, quotes inside a text and missing braces at the end are mended."""
     import yaml  # which transformers installs
 
-    key = re.search("error_classification|evidence_patch|key_frames", text)
-    body = text[max(0, text.rfind("{", 0, key.start() if key else None)) : text.rfind("}") + 1]
+    key = re.search(r"\{[^{}]*?(?:error_classification|evidence_patch|key_frames)\W*:", text)
+    body = text[key.start() if key else max(0, text.rfind("{")) : text.rfind("}") + 1]
+    body = re.sub(r"/\*.*?\*/|(?<![:\w])//[^\n]*|\t|[&*](?=\w)", " ", body, flags=re.DOTALL)
+    body = re.sub(r'(?<=\w )"(?=\w)|(?<=\w)"(?= \w)', "", body)
+    body += "}" * (body.count("{") - body.count("}"))
     try:
-        found = json.JSONDecoder(strict=False).raw_decode(body)[0]
-    except ValueError:
-        comments_and_anchors = r"/\*.*?\*/|(?<![:\w])//[^\n]*|\t|[&*](?=\w)"
-        body = re.sub(comments_and_anchors, " ", body, flags=re.DOTALL)
-        try:
-            found = next(yaml.load_all(body, yaml.BaseLoader), None)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
+        found = next(yaml.load_all(body, yaml.BaseLoader), None)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
     if not isinstance(found, dict):
         raise ValueError("there is no JSON object")
     return found
@@ -321,24 +344,38 @@ def read_json(text: str) -> dict:
 
 def read_words(value, most: int = MAX_WORDS) -> str:
     """At most so many words, without brackets that could spell a student's special token."""
-    text = value if isinstance(value, str) else " ".join(map(str, value or []))
+    values = value.values() if isinstance(value, dict) else value
+    text = str(value or "") if isinstance(value, (str, int)) else " ".join(map(str, values or []))
+    text = "" if text in ("null", "None") else text
     return " ".join(re.sub(r"[<>\[\]]", " ", plain(text[: 15 * most])).split()[:most])
 
 
 def read_frames(value, video: Sized) -> list[int]:
     """The frames that a text, number, list or dict names: 12, "frame 12", "0:01", "3.5 s". One past
     the end is the last; what else lies outside of the video is left out."""
-    clock, number = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)", r"(?<![\w.])(-?\d+(?:\.\d+)?)"
+    clock = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)"
+    number = r"(?<![\d.])((?:(?<!\w)-)?\d+(?:\.\d+)?)(\s*s(?:ec(?:ond)?s?)?\b)?"
     frames, last = [], len(video) - 1
-    for found in re.findall(rf"{clock}|{number}(\s*s(?:ec(?:ond)?s?)?\b)?", str(value)):
-        hours, minutes, seconds, plain_number, unit = found
+    for match in re.finditer(f"{clock}|{number}", str(places(value))):
+        hours, minutes, seconds, index, unit = match.groups()
         if seconds or unit:
-            at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or plain_number)
+            at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or index)
             nearest = min(range(last + 1), key=lambda k: abs(video.seconds(k) - at))
-            frames += [nearest] if at <= video.seconds(last) + 1 else []
-        elif 0 <= float(plain_number) <= last + 1:
-            frames.append(min(int(float(plain_number)), last))
+            frames += [nearest] if 0 <= at <= video.seconds(last) + 1 else []
+        elif 0 <= float(index) <= last + 1:
+            frames.append(min(int(float(index)), last))
     return list(dict.fromkeys(frames))
+
+
+def places(value):
+    """A dict's values that name a frame or else a time, times in seconds; all else as it is."""
+    if isinstance(value, list):
+        return [places(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    keys = [key for key in value if re.search("frame|index|start|end|first|last|from|to$", key)]
+    keys = keys or [key for key in value if re.search("time|sec", key)]
+    return [f"{value[key]} s" if re.search("time|sec", key) else value[key] for key in keys]
 
 
 def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
@@ -351,24 +388,32 @@ def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
     return [(min(frames), max(frames)) for frames in named if frames]
 
 
-def read_region(region: dict, key_frames: list[int], video: Sized) -> Region:
-    """A region whose box and label go by one of the usual names. Raises KeyError, ValueError."""
-    frames = read_frames(region.get("frame", region.get("frame_index", key_frames)), video)
-    box = region.get("box") or region.get("bbox") or region.get("bbox_2d")
-    what = region.get("what") or region.get("label") or region.get("description")
-    size = shown_size(video.frame(frames[0]))
-    return Region(frames[0], read_box(box, size), read_words(what, 8))
+def read_region(region, key_frames: list[int], video: Sized) -> Region:
+    """A region whose frame, box and label go by one of the usual names; without a frame it is of
+    the first key frame. Raises IndexError, ValueError."""
+    region = region if isinstance(region, dict) else {"box": region}
+    placed = any(re.search("frame|time", key) and region[key] is not None for key in region)
+    frame = (read_frames(region, video) if placed else key_frames)[0]
+    boxes = [region[key] for key in region if re.search("box|coord|region", key) and region[key]]
+    words = region.get("what") or region.get("label") or region.get("description")
+    size = shown_size(video.frame(frame))
+    return Region(frame, read_box(boxes[0] if boxes else region, size), read_words(words, 8))
 
 
 def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, where
     it does not fit in there, in 0–1000. Raises ValueError."""
+    if isinstance(value, dict):
+        xs = [value[key] for key in value if re.match("x|left|right", key)]
+        ys = [value[key] for key in value if re.match("y|top|bottom", key)]
+        value = [*zip(xs, ys)]
     corners = [float(number) for number in re.findall(r"(?<!\w)-?[\d.]+", str(value))]
     if len(corners) != 4:
         raise ValueError(f"the box {value} needs four numbers")
     in_pixels = corners[2] <= size[0] and corners[3] <= size[1]
-    scale = (1, 1) if max(corners) <= 1 else size if in_pixels else (1000, 1000)
-    x1, y1, x2, y2 = (corner / side for corner, side in zip(corners, scale * 2))
+    scale = (1, 1) if max(corners) <= 1.5 else size if in_pixels else (1000, 1000)
+    shares = [corner / side for corner, side in zip(corners, scale * 2)]
+    x1, y1, x2, y2 = (1.0 if 1 < share < 1.05 else share for share in shares)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
         raise ValueError(f"the box {value} needs 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
     return x1, y1, x2, y2
@@ -407,21 +452,22 @@ class Conversation:
         next(self.steps)
 
     def advance(self, reply: Reply) -> None:
-        if isinstance(reply, TeacherError):
-            self.outcome = reply
-            self.steps.close()
-            return
         try:
-            self.messages = self.steps.send(reply[0])
+            self.messages = self.steps.send(reply)
         except StopIteration as end:
             self.outcome = end.value
 
     def talk(self, messages: list[dict]):
-        """Yields what to send, is sent the brain's words, returns the outcome."""
+        """Yields what to send, is sent the brain's reply, returns the outcome."""
+        thinking = (
+            r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"  # also unopened
+        )
         slips = 0
         for turn in range(1, MAX_TURNS + 1):
-            said = yield messages
-            text = re.sub(r"^.*?</think>", "", said, count=1, flags=re.DOTALL)
+            reply = yield messages
+            if isinstance(reply, TeacherError):
+                return reply
+            said, text = reply[0], re.sub(thinking, "", reply[0], flags=re.DOTALL)
             calls = read_calls(text)[:MAX_CALLS]
             if calls:
                 back = self.use_tools(calls)
@@ -461,7 +507,9 @@ class Conversation:
         words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
         if self.right and words:
             guess = yield blind_messages(self.case, words)
-            if self.right(guess, self.case):
+            if isinstance(guess, TeacherError):
+                return f"it could not be read blind ({guess.cause})"
+            if self.right(guess[0], self.case):
                 return "the question can be answered from the words, without the video"
 
 
@@ -536,14 +584,14 @@ def with_deadline(chat: Chat) -> Chat:
 
 
 def checked(reply) -> Reply:
+    """A reply that is none is a failure of its own. Of one that is too long the end counts."""
     if isinstance(reply, TeacherError):
         return reply
     try:
-        return plain(reply[0][:MAX_REPLY]), int(reply[1])
+        return plain(reply[0][-MAX_REPLY:]), int(reply[1])
     except Exception as error:
-        raise TypeError(
-            f"a reply is (words, tokens) or a TeacherError, not {reply!r:.99}"
-        ) from error
+        problem = f"a reply is (words, tokens) or a TeacherError ({error}), not {reply!r:.200}"
+        return TeacherError("raised", plain(problem))
 
 
 def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
@@ -557,7 +605,7 @@ def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
         missing = [k for k, reply in enumerate(replies) if reply is None]
         fresh = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
-            fresh = chat([talks[k] for k in missing], seconds)
+            fresh = [checked(reply) for reply in chat([talks[k] for k in missing], seconds)]
         for k, reply in zip(missing, fresh, strict=True):
             replies[k] = reply
             if chat and folder:
@@ -596,20 +644,22 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         import openai
     except ImportError as error:
         raise ValueError("a remote teacher needs a client: pip install openai") from error
-    limit = "max_tokens"
+    key, limit = "".join(key.split()), "max_tokens"
 
     async def see_error(response):
         """Some servers send an error with status 200: let the client see its code."""
         await response.aread()
         with suppress(*BAD_DATA):
-            error = response.json()["error"]
-            if response.status_code == 200 and error:
+            body = response.json()
+            error = body.get("error") or body["choices"][0].get("error")
+            if response.is_success and error:
                 code = str(error.get("code"))
                 response.status_code = int(code) if re.fullmatch("[45]..", code) else 400
 
     async def complete(client, talk: list[dict]) -> Reply:
         nonlocal limit
-        send = partial(client.chat.completions.create, model=model, messages=talk)
+        create = client.chat.completions.with_raw_response.create
+        send = partial(create, model=model, messages=talk)
         try:
             return read_reply(await send(**{limit: max_tokens}))
         except openai.BadRequestError as error:
@@ -630,9 +680,10 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         except openai.APIStatusError as error:
             cause, said = f"http_{error.status_code}", error.response.text
         except openai.APIConnectionError as error:
-            cause, said = "connection", f"{error} {error.__cause__}"
+            cause, said = "connection", f"{error} {error.__cause__!r}"
         except Exception as error:
             cause, said = "malformed", str(error)
+        said = re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.DOTALL)  # of a page
         return TeacherError(cause, hide(said)[:500])
 
     def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
@@ -656,24 +707,29 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
     return chat
 
 
-def read_reply(completion) -> Reply:
+def read_reply(response) -> Reply:
     """The words of an endpoint's reply, in whatever place they stand. Raises TeacherError."""
-    if not getattr(completion, "choices", None):
-        raise TeacherError("malformed", f"no choices in the reply: {completion}")
-    choice, usage = completion.choices[0], completion.usage
-    message, content = choice.message, choice.message.content
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    text = content or getattr(message, "reasoning_content", None) or ""
-    if getattr(message, "refusal", None):
-        raise TeacherError("refusal", message.refusal)
-    if choice.finish_reason == "length":
+    try:
+        completion = response.parse()
+        choice, usage = completion.choices[0], completion.usage
+        message, content = choice.message, choice.message.content
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
+        thoughts = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
+        text = next((text for text in (content, *thoughts) if text and text.strip()), "")
+        for call in message.tool_calls or []:
+            text += f"\nTOOL_CALL: {call.function.name}({call.function.arguments})"
+    except BAD_DATA as error:
+        raise TeacherError("malformed", f"{error} in: {response.text}") from error
+
+    finish, refusal = str(choice.finish_reason).lower(), getattr(message, "refusal", None)
+    if refusal:
+        raise TeacherError("refusal", refusal)
+    if finish in ("length", "max_tokens"):
         raise TeacherError("length", f"raise --teacher_max_tokens; cut after: {text[-200:]}")
-    if choice.finish_reason == "content_filter":
-        raise TeacherError("content_filter", text)
-    for call in message.tool_calls or []:
-        text += f"\nTOOL_CALL: {call.function.name}({call.function.arguments})"
-    return text, usage.total_tokens if usage else 0
+    if finish in ("content_filter", "safety"):
+        raise TeacherError("content_filter", response.text)
+    return text, int(getattr(usage, "total_tokens", None) or 0)
 
 
 def local(model, processor, max_tokens=2048, batch=8) -> Chat:
@@ -699,6 +755,8 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
 
     def reply_to(talks: list, end: float) -> list[Reply]:
         """A batch that fails, out of memory say, is halved: only what fails alone is lost."""
+        if time.monotonic() > end:
+            return [TeacherError("timeout", "no time is left")] * len(talks)
         try:
             return generate(talks, end - time.monotonic())
         except Exception as error:
@@ -776,7 +834,7 @@ def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Call
         model = model.to(c.teacher_device or device).eval()
         chat = local(model, processor, c.teacher_max_tokens, c.teacher_batch)
     elif c.teacher_url:
-        key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
+        key = os.environ.get("TEACHER_API_KEY", "")
         limits = (c.teacher_max_tokens, c.teacher_workers, c.teacher_timeout)
         chat = remote(c.teacher_url, name, key, *limits)
         try:
