@@ -7,11 +7,8 @@
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
     leak   do a teacher's words give y away (ours)               `leak`, `asks_for`, `gate`
 
-What the judgements of a step, of a run and of an evaluation add up to stands last: `summarize`,
-`summarize_run`, `accuracy`.
-
-Sources: FFR eq. R̃, app. D.3 (by type, as Video-R1). Standard library only; imports no sibling.
-"""
+What the judgements of a step, a run, an evaluation add up to stands last. Sources: FFR eq. R̃, app.
+D.3 (by type, as Video-R1). Standard library only; imports no sibling."""
 
 import math
 import re
@@ -80,9 +77,9 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
     """z: R = 1; two graded types have a threshold (ours), as their R next to never reaches 1."""
-    reward = accuracy_reward(given, answer, problem_type)
     if problem_type == "free-form":
         return rouge_l(given, answer) >= 0.5
+    reward = accuracy_reward(given, answer, problem_type)
     if problem_type == "regression":
         return reward >= 0.9 - 1e-9  # a relative error of at most 0.1
     return reward == 1.0
@@ -90,16 +87,14 @@ def verify(given: str, answer: str, problem_type: str) -> bool:
 
 def reference_problem(answer: str, problem_type: str, options: list[str]) -> str | None:
     """Say why no answer can be right by this reference, and the remedy; None if one can."""
-    response = f"<think>x</think> <answer>{answer}</answer>"
-    remedy = f"Correct it or leave the sample out. {SUFFIXES.get(problem_type, '')}"
+    response = f"<answer>{answer}</answer>"
+    remedy = f"Correct it or leave the sample out. {SUFFIXES[problem_type]}"
     if not score(response, answer, problem_type).correct:
         return f"The reference {answer!r} would not be right as an answer itself. {remedy}"
 
-    letters = [find_letter(option) for option in options]
-    if not any(letters):
-        letters = list("ABCDEFGHIJ"[: len(options)])
+    letters = "ABCDEFGHIJ"[: len(options)]
     if problem_type == "multiple choice" and find_letter(answer) not in letters:
-        return f"The reference {answer!r} names none of the lettered options {options}. {remedy}"
+        return f"The reference {answer!r} names none of the options {options}. {remedy}"
     return None
 
 
@@ -143,23 +138,25 @@ def exact_reward(given: str, answer: str) -> bool:
     return split_words(given) == split_words(answer)
 
 
-# How typographic signs are read; a zero-width space is nothing.
-SIGNS = {"−": "-", "–": "-", "‐": "-", "’": "'", "²": "^2", "³": "^3", "\u200b": None}
+# How typographic signs are read; what has no width is nothing.
+SIGNS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "‒": "-", "⁻": "-", "’": "'"}
 SIGNS |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
+SIGNS |= dict.fromkeys("\u200b\u200d\u200e\u200f\u00ad\ufeff")
 
 
 def plain(text: str) -> str:
-    r"""Write one way what has many: full-width letters, typographic signs and '\boxed{B}'."""
+    r"""Write one way what has many: full-width letters, typographic signs, '10²' and '\text{B}'."""
+    text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)
     text = unicodedata.normalize("NFKC", text.translate(str.maketrans(SIGNS)))
-    return re.sub(r"\\(?:boxed|text)\{([^{}]*)\}", r"\1", text).strip()
+    return re.sub(r"\\(?:boxed|text|math)[a-z]*(?=\{)", "", text).strip()
 
 
 # One of A to J. 'A dog' and 'I think' start with words, 'A a dog' with the letter of an option.
-LETTER = r"([AI](?! +(?!(?:an?|the|is) )\w)|[B-HJ])(?![^\W_]|[-+#&=%°]|'\w)"
-# What may stand before the letter: 'The answer is B', '\boxed{B}'.
+LETTER = r"(?<!\w')([AI](?! +(?!(?:an?|the|is) )\w)|[B-HJ])(?![^\W_一-鿿]|[-+#&=%°]|'\w)"
+# What may stand before the letter: 'The answer is B', '\\boxed{B}'.
 LEAD = (
-    r"(?:the|my|so|i|it|s|think|choose|pick|final|correct|right|best|answer|option|choice|letter|"
-    r"is|boxed|text)\b|答案|选项?|是"
+    r"(?:the|my|so|i|it|s|d|would|must|be|go|with|say|think|choose|pick|thus|therefore|final|"
+    r"correct|right|best|answer|option|choice|letter|is)\b|答案|选项?|选择|我|正确|应该?|是|为"
 )
 CHOICE = rf"(?i)[\W_]*(?:(?:{LEAD})[\W_]*)*{LETTER}"
 # What stands before a second letter: 'A or B', 'A, B', 'A: dog B: cat', not 'B. vitamin C'.
@@ -168,13 +165,16 @@ ANOTHER = rf"(?i){BETWEEN}{LETTER}(?!\.\w)"
 
 
 def find_letter(text: str) -> str | None:
-    """Return the one letter chosen: 'b', '(B)', 'B. a cat', 'Answer: **B**'; 'A or B' has none."""
-    text = plain(text)
+    """Return the one letter chosen: 'b', '(B)', 'B. a cat', 'Answer: **B**'; 'A or B' has none.
+    After a labelled letter only a labelled one counts: 'D. A and B' is D."""
+    text = re.split(r"(?i)\banswer(?: is|:)", plain(text))[-1]
     choice = re.match(CHOICE, text)
     if choice is None:
         return None
 
-    others = re.findall(ANOTHER, text[choice.end() :])
+    rest = text[choice.end() :]
+    labelled = rest[:1] in (".", ")", ":")
+    others = re.findall(ANOTHER + "(?=[.):])" if labelled else ANOTHER, rest)
     letters = {letter.upper() for letter in [choice[1], *others]}
     return letters.pop() if len(letters) == 1 else None
 
@@ -185,16 +185,25 @@ TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
 NAMES = f"{ONES}|{TEENS}|{TENS}"
 NAME_VALUES = dict(zip(NAMES.split("|"), [*range(20), *range(20, 100, 10)]))
 
+SCALES = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9"}
 # What is rewritten before a number is read, in this order, each with what it catches.
 NUMBER_REWRITES = [
     # '1,200', '12 345 678', not '0,125' or '1,200,5'
     (r"(?<=\d)(?<!\.\d)(?<!\d{4})(?<!\b0)([ ,'_])(?=\d{3}(?:\1\d{3}){0,6}(?!\1?\d))", ""),
     (r"(?<=\d),(?=\d)", "."),  # '3,5'
-    (r"(?<!\de)(?<=[a-zͰ-ӿ])\}?(?:\^\{?)?[-+]?\d+", ""),  # 'cm^2', 'm2'
-    (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"),  # '\frac{1}{2}'
-    (r"(?<=\d) hundred\b", "e2"),
-    (r"(?<=\d) thousand\b", "e3"),
-    (r"(?<=\d) million\b", "e6"),
+    (r"(?s)^.*=(?=[^=]*\d)", ""),  # '2 + 3 = 5'
+    (
+        r"(?<=\d) ?(?:h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?),?(?: and)? ?(?=\d+ ?[ms])",
+        ":",
+    ),  # '1 min 30 s'
+    (r"(?<=\d) ?(?:[x×*·]|\\times|\\cdot) ?10\^\{?([-+]?\d{1,3})\}?", r"e\1"),  # '2·10^3'
+    (r"\b10\^\{?([-+]?\d{1,3})\}?", r"1e\1"),  # '10^3'
+    (r"(?<!\d[ex])(?<=[a-zͰ-ӿ])\}?(?:\^\{?)?[-+]?\d+", ""),  # 'cm^2', 'm2'
+    (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2"),  # '\frac{1}{2}'
+    (r"(?<=\d) ?/ ?(?=\d)", "/"),  # '1 / 2'
+    (r"(?:\band )?(?:\b(?:an?|1) )?\bhalf\b", "1/2"),  # 'three and a half'
+    *((rf"(?<=\d) {name}\b", power) for name, power in SCALES.items()),  # '1.5 million'
+    (r"\\?sqrt|\\?\bpi\b|[√π]", " 0 1 "),  # not a number that is read here
     (r"\b(?:minus|negative) (?=\d)", "-"),  # 'minus five'
     (r"(?<=[-+])[$€£¥ ]+(?=\d)", ""),  # '-$5'
 ]
@@ -222,7 +231,8 @@ def find_number(text: str) -> tuple[float, int]:
         value = float(-value if number.startswith("-") else value)
     except (ValueError, ArithmeticError):  # '1.2.3', '1/0', thousands of digits
         return math.nan, 0
-    return value, len(number.partition(".")[2])
+    mantissa, _, exponent = number.partition("e")
+    return value, len(mantissa.partition(".")[2]) - int(exponent or 0)
 
 
 def name_to_digits(name: re.Match) -> str:
@@ -267,13 +277,8 @@ def rouge_n(given: str, answer: str, n: int) -> float:
     """ROUGE-n F1 without stemming; n at most the longer text's words: one word can reach R = 1."""
     x, y = split_words(given), split_words(answer)
     n = min(n, max(len(x), len(y), 1))
-    a, b = count_ngrams(x, n), count_ngrams(y, n)
+    a, b = (Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y))
     return 2 * (a & b).total() / max(a.total() + b.total(), 1)
-
-
-def count_ngrams(words: list[str], n: int) -> Counter:
-    """Count each run of n words."""
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def rouge_l(given: str, answer: str) -> float:
@@ -286,7 +291,7 @@ def rouge_l(given: str, answer: str) -> float:
 def cited_moments(rationale: str) -> list[tuple[float, float]]:
     """Moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07', '3-5 s',
     '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
-    number, unit = r"(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
+    number, unit = r"(?<!\d)(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
     pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
     found = re.findall(pattern, rationale)
     pairs = [(float(single or start), float(single or end)) for start, end, single in found]
@@ -335,7 +340,7 @@ TELLS = {  # what words must not tell: the answer, and a number, a time or a tru
     "truth": r"\b(yes|no|never|(?<!do )not)\b|(?<!do)n\Wt\b"  # ✗ 'it is not there'  ✓ 'do not stop'
     r"|(^|[.;:,\d] )(the|its?|s?he|they|there)\b",  # ✗ 'the lamp glows'  ✓ 'see if the lamp glows'
 }
-LETTER = r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|fits)\b))(?![\w'’-])"  # ✓ 'A bus'
+NAMED = r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|fits)\b))(?![\w'’-])"  # ✓ 'A bus'
 ALIKE = """0 zero none|1 one single|2 two twice pair|3 three|4 four|5 five|6 six|7 seven|8 eight
     |9 nine|10 ten|11 eleven|12 twelve dozen|13 thirteen|14 fourteen|15 fifteen|16 sixteen
     |17 seventeen|18 eighteen|19 nineteen|20 twenty|0.5 half|0.25 quarter quarters
@@ -378,7 +383,7 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     for kind in sorted(asked & TELLS.keys()):
         if re.search(TELLS[kind], words, re.I):
             return f"it tells the {kind}"
-    letters = {*re.findall(LETTER, words)} - {*re.findall(r"\b[A-H]\b", question)}
+    letters = {*re.findall(NAMED, words)} - {*re.findall(r"\b[A-H]\b", question)}
     if 0 < len(letters) < len(options):  # ✗ 'B fits'  ✓ 'compare A, B, C and D'
         return "it names an option"
     initials, spelled = re.sub(r"\B\w|\W", "", words.casefold()), re.sub(r"\W", "", answer)
@@ -386,7 +391,7 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
         return "it spells the answer"
 
     said = tokens(words)
-    shares = {label: share(tokens(option), said) for label, option in zip("ABCDEFGH", options)}
+    shares = {label: share(tokens(option), said) for label, option in zip("ABCDEFGHIJ", options)}
     right = shares.pop(answer.strip(" ().:"), None)
     if right is None:
         new = set(tokens(answer)) - set(tokens(question))  # ✗ 'look at the books'
@@ -408,7 +413,7 @@ def gate(patch, case) -> str | None:
 
 def answers(reply: str, case) -> bool:
     """Whether a brain that was asked a case's question, in the blind test, answers it right."""
-    said = reply if "<answer>" in reply else f"<answer>{reply}</answer>"
+    said = f"<answer>{reply.rpartition('<answer>')[2].partition('</answer>')[0]}</answer>"
     return score(said, case.answer, case.problem_type).correct
 
 

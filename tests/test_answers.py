@@ -6,6 +6,7 @@ from reward import accuracy_reward, extract_answer, reference_problem, verify
 
 RIGHT = {
     "multiple choice": [
+        ('D', 'D. Both A and B'), ('B', "I'd go with B"), ('B', 'I would choose B'), ('B', 'Thus, the answer is B'), ('B', 'Based on the video, the answer is B'), ('B', 'The most likely answer is B'), ('B', '正确答案是B'), ('B', '我选B'), ('B', 'B选项'), ('B', 'B猫'), ('B', '$\\mathrm{B}$'), ('B', '\\boxed{\\mathbf{B}}'), ('B', '\\textbf{B}'),
         ("B", "**B**"), ("B", "Option B"), ("B", "B, a cat"), ("B", "B a cat"), ("B", "Answer: B"), ("B", "（B）"), ("B", "Ｂ"), ("B", "B\n\nexplanation: it purrs"), ("B. a cat", "B"),
         ("B", "`B`"), ("B", "__B__"), ("B", "\\boxed{B}"), ("B", "$\\boxed{\\text{B}}$"), ("B", "$B$"),
         ("B", "The answer is B"), ("B", "The answer is B."), ("B", "The correct answer is (B)."),
@@ -19,6 +20,7 @@ RIGHT = {
         ("B", "<B>"), ("B", "Ｂ．猫"), ("B", "\\(B\\)"), ("B", "B; a cat"), ("B", "(B)."), ("B", "B. I see it"),
     ],
     "numerical": [
+        ('-5', '‑5'), ('90', '1 min 30 s'), ('5400', '1:30:00'), ('90', '1m30s'), ('2500', '2.5×10^3'), ('300000000', '3 \\times 10^8'), ('300000000', '3×10⁸'), ('0.001', '10⁻³'), ('1.6e-19', '1.6 \\times 10^{-19}'), ('1.5', '1\\frac{1}{2}'), ('3.5', 'three and a half'), ('0.5', 'half'), ('3e9', '3 billion'), ('5', '2 + 3 = 5'), ('0.75', '3 / 4'), ('5', 'v_2 = 5'), ('5', '5 m·s⁻²'),
         ("12 cm^2", "12"), ("12", "12 m2"), ("1/2", "0.5"), ("3", "three"), ("3", "\\boxed{3}"), ("3", "$3$"),
         ("12", "12 cm²"), ("12", "12 cm^{2}"), ("12", "12 m s^-1"), ("0.5", "½"), ("1.5", "1½"),
         ("1.5", "1 1/2"), ("0.5", "\\frac{1}{2}"), ("50", "50%"), ("50", "$50"), ("50", "€ 50"), ("-5", "-$5"),
@@ -42,6 +44,7 @@ RIGHT = {
         ("ТАКСИ", "такси"), ("สวัสดี", "สวัสดี"), ("ＴＡＸＩ", "taxi"), ("don't", "don’t"), ("→", "→"),
     ],
     "exact": [
+        ('red', '\ufeffred'), ('red', '\\boxed{\\text{red}}'), ('soft', 'so\xadft'),
         ("red blue", "**Red blue**."), ("-5", "-5"), ("-5", "−5"), ("red", "\\boxed{red}"), ("€", "€"),
         ("ភ្នំពេញ", "ភ្នំពេញ"), ("yes", "“Yes!”"),
     ],
@@ -53,6 +56,7 @@ RIGHT = {
 }  # fmt: skip
 WRONG = {
     "multiple choice": [
+        ('D', "I'd say B"), ('D', "I'd go with B"),
         ("B", "A. or B."), ("B", "A dog"),
         ("A", "A taxi"), ("A", "a dog"), ("A", "AC"), ("C", "C++"), ("C", "C#"), ("A", "A or B"), ("B", "A and B"),
         ("A", "A, B"), ("A", "A/B"), ("A", "(A)(B)"), ("B", "B C D"), ("B", "B and C"), ("A", "A. dog or B. cat"),
@@ -60,6 +64,7 @@ WRONG = {
         ("B", "Both A and B"), ("A", "A a dog or B a cat"), ("C", "C's"), ("B", "-"), ("A", "A. dog B. cat"),
     ],
     "numerical": [
+        ('5', '‑5'), ('108', '10⁸'), ('1', '1h30m'), ('10', '10x20'), ('1.6e-19', '9e-19'), ('1.6e-19', '0'), ('1e-3', '0'), ('5e-3', '0.01'), ('2', '√2'), ('2', '2π'), ('5.5', '1\\frac{1}{2}'), ('3', 'three and a half'),
         ("0.004", "0.001"), ("3", "3 apples and 0 pears"), ("3", "3 of 5"),
         ("35", "3,5"), ("3", "3,5"), ("5", "-5"), ("-5", "5"), ("5", "−5"), ("3", "3/5"), ("3", "3-4"), ("3", "3 or 4"),
         ("8", "8 to 6 s"), ("1", "1, 2, 3"), ("123", "1,2,3"), ("3", "infinity"), ("3", "nan"), ("nan", "nan"),
@@ -113,6 +118,9 @@ def test_the_last_answer_is_extracted():
         ("multiple choice", "cat", ["dog", "cat"], False),
         ("multiple choice", "AC", ["A. x", "B. y", "C. z"], False),
         ("multiple choice", "E", ["A. x", "B. y"], False),
+        ("multiple choice", "D", ["A. x", "B. y", "C. z", "D. A and B"], True),
+        ("multiple choice", "A", ["C major", "G major", "D minor"], True),
+        ("multiple choice", "B", ["red", "blue", "A"], True),
         ("multiple choice", "B", ["A. x", "B. y"], True),
         ("multiple choice", "(b)", ["(A) x", "(B) y"], True),
         ("numerical", "12 cm^2", [], True),

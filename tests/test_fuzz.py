@@ -5,7 +5,16 @@ import time
 
 import pytest
 
-from reward import SUFFIXES, Score, accuracy_reward, reference_problem, score, verify
+from reward import (
+    SUFFIXES,
+    Score,
+    accuracy_reward,
+    alignment,
+    leak,
+    reference_problem,
+    score,
+    verify,
+)
 
 PIECES = (
     "A B C D E I a b (A) B. **B** option answer the is or and not cat dog 3 -5 3,5 1,200 1'200 12:30 1/2 ½ "
@@ -90,3 +99,13 @@ def test_a_long_response_takes_little_time():
     assert score("<answer>" * 10000, "B", "multiple choice") == Score(0.0, 0.0, False)
     assert score("<think>" + "a" * 100000, "B", "multiple choice") == Score(0.0, 0.0, False)
     assert time.perf_counter() - start < 0.2
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_rationales_and_words_take_little_time(name):
+    start = time.perf_counter()
+    alignment(f"<think>{HOSTILE[name]}</think>", [(1.0, 2.0)], 0.5)
+    assert time.perf_counter() - start < 0.2
+    leak(HOSTILE[name], "How many cups?", [], "3")
+    leak(HOSTILE[name], "Which?", ["A. a cup", "B. a cat"], "B")
+    assert time.perf_counter() - start < 0.6
