@@ -97,6 +97,43 @@ REPLIES = {
     "frames with a point": body(frames=[3.0]),
     "a frame as a time": body(frames=["0:01.5"]),
     "a bad frame beside": body(frames=[3, 400, -3, "x", None]),
+    "a key's name in the prose": f"I will now write the evidence_patch.\n```json\n{PLAIN}\n```",
+    "a heading": f"**error_classification**: spatial\n<answer>{PLAIN}</answer>",
+    "other keys first": PLAIN.replace('{"error', '{"seen": [{"frame": 1}], "error', 1),
+    "a draft before": f"<answer>{body(frames=[9])}</answer> No: <answer>{PLAIN}</answer>",
+    "a patch in a list": json.dumps({"evidence_patch": [json.loads(PLAIN)["evidence_patch"]]}),
+    "escapes that JSON lacks": PLAIN.replace("key_frames", "key\\_frames").replace(
+        "at the", "at\\ the"
+    ),
+    "quotes in a text": PLAIN.replace("look at the square", 'look at the "square"', 1)
+    .replace('"square"', "square", 1)
+    .replace("at the square", 'at "the" square', 1),
+    "no brace at the end": PLAIN[:-1],
+    "long thinking": "<think>" + "hm " * 10_000 + f"</think><answer>{PLAIN}</answer>",
+    "two thoughts": f"<think>a</think> so <think>TOOL_CALL: get_frame(1)</think>{PLAIN}",
+    "another tag of thinking": f"<thinking>TOOL_CALL: get_frame(1)</thinking>{PLAIN}",
+    "frames with underscores": body(frames=["frame_3"]),
+    "a frame with its time": body(frames=[{"frame": 3, "timestamp": 1.5}]),
+    "a frame with a description": body(frames=[{"frame_index": 3, "description": "2 hands at 5"}]),
+    "a marker with a description": body(markers=[{"start": 2, "end": 4, "what": "the 7 cups"}]),
+    "times in numbers": body(markers=[{"start_time": 1.0, "end_time": 2.0}]),
+    "frame_number": body(region={"frame_number": 3, "box": BOX, "what": "square"}),
+    "a region's time": body(region={"timestamp": 1.5, "box": BOX, "what": "square"}),
+    "no frame in a region": body(region={"frame": None, "box": BOX, "what": "square"}),
+    "bounding_box": body(region={"frame": 3, "bounding_box": BOX, "label": "square"}),
+    "flat corners": body(
+        region={"frame": 3, "x1": 0.1, "y1": 0.2, "x2": 0.5, "y2": 0.6, "label": "square"}
+    ),
+    "corners in another order": body(
+        region={**LABELLED, "box": {"x1": 0.1, "x2": 0.5, "y1": 0.2, "y2": 0.6}}
+    ),
+    "sides": body(
+        region={**LABELLED, "box": {"top": 0.2, "left": 0.1, "bottom": 0.6, "right": 0.5}}
+    ),
+    "a box with width beside": body(
+        spatial_regions=[{"frame": 3, "box": {"x": 1, "y": 2, "width": 9, "height": 9}}, LABELLED]
+    ),
+    "content in a list": body(content=["look at", "the square"]),
     "the kind in other words": body(kind="visual"),
     "the kind in capitals": body(kind="SPATIAL error"),
     "several kinds": body(kind=["spatial", "temporal"]),
@@ -126,6 +163,18 @@ def test_box_in_pixels_is_of_the_picture_that_the_teacher_was_shown():
         assert "region 0.10 0.20 0.50 0.60" in chat.seen[1][0][-1]["content"][0]["text"]
 
 
+def test_box_a_little_over_the_edge_is_cut_to_it():
+    for box in ([0.1, 0.2, 1.02, 0.6], [100, 200, 1010, 600]):
+        (patch,) = diagnose([make_case(video=Clip())], brain(body(region={**LABELLED, "box": box})))
+        assert patch.regions[0].box == (0.1, 0.2, 1.0, 0.6)
+
+
+def test_null_is_no_word():
+    text = body(content=None, region={**LABELLED, "what": None}).replace("}}", "},}")
+    (patch,) = diagnose([make_case(video=Clip())], brain(text))
+    assert patch.guidance == "" and patch.regions[0].what == ""
+
+
 def test_one_frame_past_the_end_is_the_last():
     (patch,) = diagnose([make_case(video=Clip())], brain(body(frames=[16], markers=[[14, 16]])))
     assert patch.key_frames == [15] and patch.spans == [(14, 15)]
@@ -145,6 +194,16 @@ CALLS = {
     "as JSON": '<tool_call>{"name": "get_frame", "arguments": {"frame_index": 3}}</tool_call>',
     "as JSON in lines": '<tool_call>\n{"name": "get_frame",\n "arguments": {"frame_index": 3}}',
     "as JSON in a fence": '```json\n{"name": "get_frame", "parameters": {"frame_index": 3}}\n```',
+    "with a hyphen": "TOOL-CALL: get_frame(3)",
+    "escaped": "TOOL\\_CALL: get\\_frame(3)",
+    "in the plural": "TOOL_CALLS:\n- get_frame(3)",
+    "with the name in bold": "**TOOL_CALL**: **get_frame**(3)",
+    "as a function of functions": "TOOL_CALL: functions.get_frame(3)",
+    "by another name": "TOOL_CALL: get_frame(frame=3)",
+    "in words": 'TOOL_CALL: get_frame("frame 3")',
+    "as JSON in single quotes": "{'name': 'get_frame', 'arguments': {'frame_index': 3}}",
+    "in GLM's tags": "<tool_call>get_frame\n<arg_key>frame_index</arg_key>\n"
+    "<arg_value>3</arg_value>\n</tool_call>",
     "after thinking": "<think>TOOL_CALL: get_frame(1)?</think>TOOL_CALL: get_frame(3)",
 }
 

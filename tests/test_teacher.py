@@ -528,6 +528,25 @@ def test_what_a_brain_knows_without_words_is_not_told_by_them():
     assert len(chat.asked) == 1  # once a question, not once a step
 
 
+def test_words_that_could_not_be_read_blind_are_left_out():
+    def chat(talks, seconds):
+        lost = TeacherError("http_500", "busy")
+        return [(patch_json(), 1) if len(talk) > 1 else lost for talk in talks]
+
+    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    assert patch.guidance == "" and patch.key_frames == [4] and "http_500" in patch.refusals[0]
+
+
+def test_one_bad_reply_costs_its_case_alone(tmp_path):
+    def chat(talks, seconds):
+        return [(patch_json(), 1), (None, 1), "words"][: len(talks)]
+
+    cases = [make_case(response=words) for words in "abc"]
+    for cache in ("", str(tmp_path)):
+        patch, *errors = diagnose(cases, chat, cache=cache)
+        assert patch.key_frames == [4] and [error.cause for error in errors] == ["raised"] * 2
+
+
 def test_patch_without_words_is_not_read_blind():
     chat = blind_brain(lambda text: "book", lambda: patch_json(""))
     (patch,) = diagnose(
