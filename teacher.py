@@ -37,6 +37,8 @@ MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; tool calls a turn; frames 
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
 MAX_TRIES = 4  # of a request
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Thoughts come before the reply, opened or not; what stands in them is no call and no patch.
+THINKING = r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"
 PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
 
 
@@ -238,17 +240,22 @@ def signature(name: str) -> str:
     return f"({', '.join(str(one.replace(annotation=one.empty)) for one in others)})"
 
 
+CALLS = [
+    # TOOL_CALL: get_frame(3), **Tool call:** `get_frame(3)`
+    r"TOOL[_ -]?CALLS?\W*(?:functions\.)?(\w{1,40})\W{0,3}\(((?:[^()]|\([^()]*\))*)\)",
+    # {"name": "get_frame", "arguments": {"frame_index": 3}}
+    r"""["']name["']\s*:\s*["'](\w{1,40})["']\s*,\s*["'](?:arguments|parameters)["']\s*:"""
+    r"""\s*["']?(\{(?:[^{}]|\{[^{}]*\})*\})""",
+    # <tool_call>get_frame, then arguments, written as frame_index=3 by `read_calls`
+    r"<tool_call>\s*(\w{1,40})\s*((?:\w{1,40}=[^,<]*,\s*)+)",
+]
+
+
 def read_calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments of each tool call: in a line, as JSON, in GLM's tags."""
+    """The name and the arguments of each tool call, in any of the forms of CALLS."""
     text = text.replace("\\_", "_")
     text = re.sub(r"<arg_key>(\w+)</arg_key>\s*<arg_value>([^<]*)</arg_value>", r"\1=\2,", text)
-    forms = [
-        r"TOOL[_ -]?CALLS?\W*(?:functions\.)?(\w{1,40})\W{0,3}\(((?:[^()]|\([^()]*\))*)\)",
-        r"""["']name["']\s*:\s*["'](\w{1,40})["']\s*,\s*["'](?:arguments|parameters)["']\s*:"""
-        r"""\s*["']?(\{(?:[^{}]|\{[^{}]*\})*\})""",
-        r"<tool_call>\s*(\w{1,40})\s*((?:\w{1,40}=[^,<]*,\s*)+)",
-    ]
-    calls = [match for form in forms for match in re.finditer(form, text, re.IGNORECASE)]
+    calls = [match for form in CALLS for match in re.finditer(form, text, re.IGNORECASE)]
     return [match.groups() for match in sorted(calls, key=lambda match: match.start())]
 
 
@@ -262,9 +269,11 @@ def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
     named = {key: value.strip("\"'") for key, value in found if key}
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", arguments)
     for args, kwargs in ((positional, named), (numbers, {})):
-        with suppress(TypeError):
+        try:
             bound = inspect.signature(TOOLS[name]).bind(case, *args, **kwargs)
-            return TOOLS[name](*bound.args, **bound.kwargs)
+        except TypeError:
+            continue
+        return TOOLS[name](*bound.args, **bound.kwargs)
     raise ValueError(f"{name} takes {signature(name)}, not ({arguments})")
 
 
@@ -299,12 +308,8 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
     return limit_patch(patch, len(video))
 
 
-def is_empty(patch: EvidencePatch) -> bool:
-    return not (patch.guidance or patch.key_frames or patch.spans or patch.regions)
-
-
-def without_words(patch: EvidencePatch) -> EvidencePatch:
-    return replace(patch, guidance="", regions=[r._replace(what="") for r in patch.regions])
+def is_empty(patch: EvidencePatch | None) -> bool:
+    return not (patch and (patch.guidance or patch.key_frames or patch.spans or patch.regions))
 
 
 def read_json(text: str) -> dict:
@@ -459,34 +464,43 @@ class Conversation:
 
     def talk(self, messages: list[dict]):
         """Yields what to send, is sent the brain's reply, returns the outcome."""
-        thinking = (
-            r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"  # also unopened
-        )
-        slips = 0
+        problems = Counter()
         for turn in range(1, MAX_TURNS + 1):
             reply = yield messages
             if isinstance(reply, TeacherError):
                 return reply
-            said, text = reply[0], re.sub(thinking, "", reply[0], flags=re.DOTALL)
+
+            text = re.sub(THINKING, "", reply[0], flags=re.DOTALL)
             calls = read_calls(text)[:MAX_CALLS]
             if calls:
                 back = self.use_tools(calls)
             else:
-                try:
-                    patch = parse_patch(text, self.case.video)
-                    reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
-                    if not reason:
-                        return self.sign(patch)
-                    self.refusals.append(reason)
-                    patch, problem = without_words(patch), TeacherError("leak", reason)
-                except TeacherError as slip:
-                    slips, patch, problem = slips + 1, None, TeacherError(slip.cause, slip.detail)
-                if slips > 1 or len(self.refusals) > 1 or turn == MAX_TURNS:
-                    return problem if patch is None or is_empty(patch) else self.sign(patch)
+                patch, problem = yield from self.take_patch(text)
+                if problem is None:
+                    return self.sign(patch)
+                problems[problem.cause] += 1
+                if problems[problem.cause] > 1 or turn == MAX_TURNS:
+                    return problem if is_empty(patch) else self.sign(patch)
                 back = [text_part(f"{problem}. Only direct attention; reply again in that form.")]
-            said = {"role": "assistant", "content": [text_part(said)]}
+
+            said = {"role": "assistant", "content": [text_part(reply[0])]}
             messages = [*messages, said, {"role": "user", "content": back}]
         return TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+
+    def take_patch(self, text: str):
+        """Read a patch and have it judged; returns what may be shown of it, and what is wrong."""
+        try:
+            patch = parse_patch(text, self.case.video)
+        except TeacherError as slip:
+            return None, TeacherError(slip.cause, slip.detail)  # without the frames of `slip`
+        reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
+        if reason:
+            self.refusals.append(reason)
+            regions = [region._replace(what="") for region in patch.regions]
+            return replace(patch, guidance="", regions=regions), TeacherError("leak", reason)
+        if is_empty(patch):
+            return None, TeacherError("malformed", "nothing of this patch may be shown")
+        return patch, None
 
     def sign(self, patch: EvidencePatch) -> EvidencePatch:
         return replace(patch, transcript=self.transcript, refusals=self.refusals)
@@ -646,16 +660,6 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         raise ValueError("a remote teacher needs a client: pip install openai") from error
     key, limit = "".join(key.split()), "max_tokens"
 
-    async def see_error(response):
-        """Some servers send an error with status 200: let the client see its code."""
-        await response.aread()
-        with suppress(*BAD_DATA):
-            body = response.json()
-            error = body.get("error") or body["choices"][0].get("error")
-            if response.is_success and error:
-                code = str(error.get("code"))
-                response.status_code = int(code) if re.fullmatch("[45]..", code) else 400
-
     async def complete(client, talk: list[dict]) -> Reply:
         nonlocal limit
         create = client.chat.completions.with_raw_response.create
@@ -673,18 +677,9 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
             async with slots, asyncio.timeout(min(timeout, end - time.monotonic())):
                 text, tokens = await complete(client, talk)
             return hide(text), tokens
-        except TeacherError as error:
-            cause, said = error.cause, error.detail
-        except TimeoutError:
-            cause, said = "timeout", "no reply in time"
-        except openai.APIStatusError as error:
-            cause, said = f"http_{error.status_code}", error.response.text
-        except openai.APIConnectionError as error:
-            cause, said = "connection", f"{error} {error.__cause__!r}"
         except Exception as error:
-            cause, said = "malformed", str(error)
-        said = re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.DOTALL)  # of a page
-        return TeacherError(cause, hide(said)[:500])
+            failure = failure_of(error)
+            return TeacherError(failure.cause, hide(failure.detail)[:500])
 
     def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
         return text.replace(key, "[key]") if len(key) > 7 else text
@@ -705,6 +700,34 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         return asyncio.run(reply_to_all(talks, time.monotonic() + 0.95 * seconds))
 
     return chat
+
+
+async def see_error(response) -> None:
+    """Some servers send an error with status 200: let the client see its code."""
+    await response.aread()
+    with suppress(*BAD_DATA):
+        body = response.json()
+        error = body.get("error") or body["choices"][0].get("error")
+        if response.is_success and error:
+            code = str(error.get("code"))
+            response.status_code = int(code) if re.fullmatch("[45]..", code) else 400
+
+
+def failure_of(error: Exception) -> TeacherError:
+    """Of what a request raised, the cause and the server's own words, without a page's tags."""
+    import openai
+
+    cause, said = "malformed", str(error)
+    if isinstance(error, TeacherError):
+        cause, said = error.cause, error.detail
+    elif isinstance(error, TimeoutError):
+        cause, said = "timeout", "no reply in time"
+    elif isinstance(error, openai.APIStatusError):
+        cause, said = f"http_{error.status_code}", error.response.text
+    elif isinstance(error, openai.APIConnectionError):
+        cause, said = "connection", f"{error} {error.__cause__!r}"
+    said = re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.DOTALL)
+    return TeacherError(cause, said)
 
 
 def read_reply(response) -> Reply:
@@ -748,10 +771,6 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
         out = model.generate(**inputs, **limits, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
-
-    def as_parts(message: dict) -> dict:  # templates loop over them
-        content = message["content"]
-        return message | {"content": [text_part(content)] if isinstance(content, str) else content}
 
     def reply_to(talks: list, end: float) -> list[Reply]:
         """A batch that fails, out of memory say, is halved: only what fails alone is lost."""
@@ -805,6 +824,12 @@ def scripted(truths: dict[str, list[dict]]) -> Chat:
     return lambda talks, seconds: [reply(talk) for talk in talks]
 
 
+def as_parts(message: dict) -> dict:
+    """A message whose content is a list, over which chat templates loop."""
+    content = message["content"]
+    return message | {"content": [text_part(content)] if isinstance(content, str) else content}
+
+
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
     """Show a brain as many pictures as a case has. Raises TeacherError where it cannot take them,
     or answers with neither a tool call nor a patch."""
@@ -818,36 +843,43 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
         raise TeacherError("malformed", f"neither a tool call nor a patch: {reply[0][-300:]}")
 
 
-def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Callable:
-    """`diagnose` with the brain that `Settings` c name, as a function of cases and of a Counter of
-    what is spent. Raises ValueError where the brain is of no use."""
-    kind, name, chat = c.teacher, c.teacher_model, None
-    if kind == "scripted":
+def load_brain(c, device, evidence: dict) -> Chat | None:
+    """The brain that `Settings` c name, None for a replay. Raises ValueError where it is no use."""
+    name = c.teacher_model
+    if c.teacher == "scripted":
         if not evidence:
             raise ValueError("no record has 'evidence' to look up; take a local or remote teacher")
-        chat = scripted(evidence)
-    elif kind == "local":
+        return scripted(evidence)
+
+    if c.teacher == "local":
         import transformers
 
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         model = model.to(c.teacher_device or device).eval()
-        chat = local(model, processor, c.teacher_max_tokens, c.teacher_batch)
-    elif c.teacher_url:
-        key = os.environ.get("TEACHER_API_KEY", "")
-        limits = (c.teacher_max_tokens, c.teacher_workers, c.teacher_timeout)
-        chat = remote(c.teacher_url, name, key, *limits)
-        try:
-            try_out(chat, c.num_frames, c.teacher_timeout)
-        except TeacherError as error:
-            raise ValueError(
-                f"no teacher '{name}' at {c.teacher_url} ({error}); it must take {c.num_frames} "
-                "pictures in a request (or lower --num_frames), a context that holds them, and "
-                "write patches; without --teacher_url a --teacher_cache is replayed"
-            ) from error
+        return local(model, processor, c.teacher_max_tokens, c.teacher_batch)
 
-    folder, test = ("", None) if kind == "scripted" else (c.teacher_cache, right)
-    brain, alone = repr((kind, name, c.teacher_max_tokens)), {}
+    if not c.teacher_url:
+        return None
+    limits = (c.teacher_max_tokens, c.teacher_workers, c.teacher_timeout)
+    chat = remote(c.teacher_url, name, os.environ.get("TEACHER_API_KEY", ""), *limits)
+    try:
+        try_out(chat, c.num_frames, c.teacher_timeout)
+    except TeacherError as error:
+        raise ValueError(
+            f"no teacher '{name}' at {c.teacher_url} ({error}); it must take {c.num_frames} "
+            "pictures in a request (or lower --num_frames), a context that holds them, and "
+            "write patches; without --teacher_url a --teacher_cache is replayed"
+        ) from error
+    return chat
+
+
+def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Callable:
+    """`diagnose` with the brain that `Settings` c name, as a function of cases and of a Counter of
+    what is spent. A scripted brain is neither cached nor read blind."""
+    chat, alone = load_brain(c, device, evidence), {}
+    folder, test = ("", None) if c.teacher == "scripted" else (c.teacher_cache, right)
+    brain = repr((c.teacher, c.teacher_model, c.teacher_max_tokens))
 
     def teach(cases: list[Case], spent: Counter | None = None) -> list:
         spent = Counter() if spent is None else spent
@@ -855,12 +887,12 @@ def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Call
             cases,
             cached(chat, folder, brain, spent),
             gate,
-            c.teacher_sees_answer,
-            c.num_frames,
-            c.teacher_step_timeout,
-            test if c.blind_test else None,
-            alone,
-            spent,
+            show_answer=c.teacher_sees_answer,
+            num_frames=c.num_frames,
+            timeout=c.teacher_step_timeout,
+            right=test if c.blind_test else None,
+            alone=alone,
+            spent=spent,
         )
 
     return teach

@@ -163,6 +163,15 @@ def test_patch_does_not_answer_where_or_when():
     assert what.regions and what.spans and what.show_times
 
 
+def test_patch_of_which_nothing_may_be_shown_is_asked_for_once_more():
+    only_a_place = patch_json("", (), (), regions=[{"frame": 3, "box": [0, 0, 0.5, 0.5]}])
+    where = make_case(question="Where is it?", options=["left", "right"], answer="B")
+    (error,) = diagnose([where], brain(only_a_place, only_a_place))
+    assert error.cause == "malformed"
+    (patch,) = diagnose([where], brain(only_a_place, patch_json()))
+    assert patch.key_frames == [4] and patch.regions == []
+
+
 def test_leaking_patch_is_asked_for_once_more_then_reduced():
     fixed = diagnose([make_case()], brain(patch_json("it is the book"), patch_json()))[0]
     assert fixed.guidance == "follow the hand" and len(fixed.refusals) == 1
