@@ -590,7 +590,8 @@ def test_local_brain_that_dies_above_two_conversations_answers_all(student, monk
 
 def test_ctrl_c_ends_a_waiting_diagnosis_at_once(tmp_path):
     code = """
-import sys, time; sys.path.insert(0, sys.argv[1]); import teacher
+import signal, sys, time; sys.path.insert(0, sys.argv[1]); import teacher
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
 from test_teacher import make_case
 print("ready", flush=True)
 teacher.diagnose([make_case()], lambda talks, seconds: time.sleep(60), lambda *_: None)
