@@ -743,7 +743,7 @@ def read_reply(response) -> Reply:
         for call in message.tool_calls or []:
             text += f"\nTOOL_CALL: {call.function.name}({call.function.arguments})"
     except BAD_DATA as error:
-        raise TeacherError("malformed", f"{error} in: {response.text}") from error
+        raise TeacherError("malformed", f"no message in: {response.text}") from error
 
     finish, refusal = str(choice.finish_reason).lower(), getattr(message, "refusal", None)
     if refusal:
