@@ -4,7 +4,7 @@
     student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8, Video-R1's format; needle videos are ours. Imports no sibling."""
+Sources: FFR Table 8, Video-R1's format; needle videos are ours. Needs no sibling."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ from tqdm import tqdm
 TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
 
 
-OURS = "problem_id problem problem_type solution path options data_type data_source process"
+FIELDS = "problem_id problem problem_type solution path options data_type data_source process"
 
 
 class DataError(ValueError):
@@ -122,7 +122,7 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     fault = reference_fault(answer.strip(), kind, [*map(str, options)])
     need(not fault, fault)
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    more = {name: value for name, value in record.items() if name not in (*OURS.split(), *truth)}
+    more = {name: value for name, value in record.items() if name not in (*FIELDS.split(), *truth)}
     return Sample(
         str(record.get("problem_id", where)),
         record["problem"],

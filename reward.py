@@ -192,10 +192,8 @@ NUMBER_REWRITES = [
     (r"(?<=\d)(?<!\.\d)(?<!\d{4})(?<!\b0)([ ,'_])(?=\d{3}(?:\1\d{3}){0,6}(?!\1?\d))", ""),
     (r"(?<=\d),(?=\d)", "."),  # '3,5'
     (r"(?s)^.*=(?=[^=]*\d)", ""),  # '2 + 3 = 5'
-    (
-        r"(?<=\d) ?(?:h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?),?(?: and)? ?(?=\d+ ?[ms])",
-        ":",
-    ),  # '1 min 30 s'
+    (r"(?<=\d) ?h(?:(?:ou)?rs?)?,?(?: and)? ?(?=\d+ ?m)", ":"),  # '1 h 30 min', like a clock
+    (r"(?<=\d) ?m(?:in(?:ute)?s?)?,?(?: and)? ?(?=\d+ ?s)", ":"),  # '1 min 30 s'
     (r"(?<=\d) ?(?:[x×*·]|\\times|\\cdot) ?10\^\{?([-+]?\d{1,3})\}?", r"e\1"),  # '2·10^3'
     (r"\b10\^\{?([-+]?\d{1,3})\}?", r"1e\1"),  # '10^3'
     (r"(?<!\d[ex])(?<=[a-zͰ-ӿ])\}?(?:\^\{?)?[-+]?\d+", ""),  # 'cm^2', 'm2'
@@ -392,9 +390,11 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
 
     said = tokens(words)
     shares = {label: share(tokens(option), said) for label, option in zip("ABCDEFGHIJ", options)}
-    right = shares.pop(answer.strip(" ().:"), None)
+    right = shares.pop(find_letter(answer), None)
     if right is None:
         new = set(tokens(answer)) - set(tokens(question))  # ✗ 'look at the books'
+        if not tokens(answer):  # 'up', 'K'
+            new, said = set(split_words(answer)), split_words(words)
         return "it holds the answer's words" if share(list(new), said) >= 0.5 else None
     others = shares.values()  # ✗ 'a taxi', 'no bus, no tram, no bicycle'  ✓ 'the bus or the taxi'
     told = others and not min(others) <= right <= max(others)

@@ -37,7 +37,7 @@ MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; tool calls a turn; frames 
 MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
 MAX_TRIES = 4  # of a request
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-# Thoughts come before the reply, opened or not; what stands in them is no call and no patch.
+# Thoughts come before the reply, their beginning marked or not; in them is no call and no patch.
 THINKING = r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"
 PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
 
@@ -251,12 +251,18 @@ CALLS = [
 ]
 
 
+def without_thoughts(text: str) -> str:
+    return re.sub(THINKING, "", text, flags=re.DOTALL)
+
+
 def read_calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments of each tool call, in any of the forms of CALLS."""
+    """The name and the arguments of each tool call, in any of the forms of CALLS; of tools that are
+    not there only where no patch stands beside."""
     text = text.replace("\\_", "_")
     text = re.sub(r"<arg_key>(\w+)</arg_key>\s*<arg_value>([^<]*)</arg_value>", r"\1=\2,", text)
     calls = [match for form in CALLS for match in re.finditer(form, text, re.IGNORECASE)]
-    return [match.groups() for match in sorted(calls, key=lambda match: match.start())]
+    found = [match.groups() for match in sorted(calls, key=lambda match: match.start())]
+    return [call for call in found if call[0] in TOOLS or "evidence_patch" not in text]
 
 
 def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
@@ -264,7 +270,9 @@ def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
     their names are not the tool's, its numbers in their order. Raises ValueError, a sentence."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
-    found = re.findall(r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?([^\s,=\[\]{}]+)", arguments)
+    found = re.findall(
+        r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?(\"[^\"]*\"|'[^']*'|[^\s,=\[\]{}]+)", arguments
+    )
     positional = [value.strip("\"'") for key, value in found if not key]
     named = {key: value.strip("\"'") for key, value in found if key}
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", arguments)
@@ -278,9 +286,10 @@ def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
 
 
 def frame_number(value, video: Sized) -> int:
-    if not 0 <= float(value) < len(video):  # nan and inf too
+    number = float(str(value).lower().removeprefix("frame"))
+    if not 0 <= number < len(video):  # nan and inf too
         raise ValueError(f"there is no frame {value}, only 0 to {len(video) - 1}")
-    return int(float(value))
+    return int(number)
 
 
 # --- reading a patch: forgiving, as models write it in many ways ---
@@ -308,8 +317,8 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
     return limit_patch(patch, len(video))
 
 
-def is_empty(patch: EvidencePatch | None) -> bool:
-    return not (patch and (patch.guidance or patch.key_frames or patch.spans or patch.regions))
+def is_empty(patch: EvidencePatch) -> bool:
+    return not (patch.guidance or patch.key_frames or patch.spans or patch.regions)
 
 
 def read_json(text: str) -> dict:
@@ -331,7 +340,10 @@ def read_json(text: str) -> dict:
 def read_yaml(text: str) -> dict:
     """The same of what is no JSON: YAML takes single quotes, trailing commas, line breaks in a
     text. Comments, references, quotes inside a text and missing braces at the end are mended."""
-    import yaml  # which transformers installs
+    try:
+        import yaml  # which transformers installs
+    except ImportError as error:
+        raise ValueError("this is no JSON; pip install pyyaml reads more") from error
 
     key = re.search(r"\{[^{}]*?(?:error_classification|evidence_patch|key_frames)\W*:", text)
     body = text[key.start() if key else max(0, text.rfind("{")) : text.rfind("}") + 1]
@@ -361,8 +373,8 @@ def read_frames(value, video: Sized) -> list[int]:
     clock = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)"
     number = r"(?<![\d.])((?:(?<!\w)-)?\d+(?:\.\d+)?)(\s*s(?:ec(?:ond)?s?)?\b)?"
     frames, last = [], len(video) - 1
-    for match in re.finditer(f"{clock}|{number}", str(places(value))):
-        hours, minutes, seconds, index, unit = match.groups()
+    found = re.findall(f"{clock}|{number}", str(places(value)))
+    for hours, minutes, seconds, index, unit in found[:99]:
         if seconds or unit:
             at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or index)
             nearest = min(range(last + 1), key=lambda k: abs(video.seconds(k) - at))
@@ -453,7 +465,7 @@ class Conversation:
             self.messages = first_messages(case, show_answer, num_frames)
         except Exception as error:  # whatever a decoder raises costs this case alone
             self.messages, self.outcome = [], TeacherError("video", str(error))
-        self.steps = self.talk(self.messages)
+        self.steps = self.converse(self.messages)
         next(self.steps)
 
     def advance(self, reply: Reply) -> None:
@@ -461,31 +473,34 @@ class Conversation:
             self.messages = self.steps.send(reply)
         except StopIteration as end:
             self.outcome = end.value
+        except Exception as error:  # of the gate, say
+            self.outcome = TeacherError("raised", f"{type(error).__name__}: {error}")
 
-    def talk(self, messages: list[dict]):
+    def converse(self, messages: list[dict]):
         """Yields what to send, is sent the brain's reply, returns the outcome."""
-        problems = Counter()
+        problems, reduced = Counter(), None
         for turn in range(1, MAX_TURNS + 1):
             reply = yield messages
             if isinstance(reply, TeacherError):
-                return reply
+                return reduced or reply
 
-            text = re.sub(THINKING, "", reply[0], flags=re.DOTALL)
+            text = without_thoughts(reply[0])
             calls = read_calls(text)[:MAX_CALLS]
             if calls:
                 back = self.use_tools(calls)
             else:
                 patch, problem = yield from self.take_patch(text)
                 if problem is None:
-                    return self.sign(patch)
+                    return patch
                 problems[problem.cause] += 1
+                reduced = patch or reduced
                 if problems[problem.cause] > 1 or turn == MAX_TURNS:
-                    return problem if is_empty(patch) else self.sign(patch)
+                    return reduced or problem
                 back = [text_part(f"{problem}. Only direct attention; reply again in that form.")]
 
             said = {"role": "assistant", "content": [text_part(reply[0])]}
             messages = [*messages, said, {"role": "user", "content": back}]
-        return TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+        return reduced or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
     def take_patch(self, text: str):
         """Read a patch and have it judged; returns what may be shown of it, and what is wrong."""
@@ -494,16 +509,15 @@ class Conversation:
         except TeacherError as slip:
             return None, TeacherError(slip.cause, slip.detail)  # without the frames of `slip`
         reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
+        problem = None
         if reason:
             self.refusals.append(reason)
+            problem = TeacherError("leak", reason)
             regions = [region._replace(what="") for region in patch.regions]
-            return replace(patch, guidance="", regions=regions), TeacherError("leak", reason)
+            patch = replace(patch, guidance="", regions=regions)
         if is_empty(patch):
-            return None, TeacherError("malformed", "nothing of this patch may be shown")
-        return patch, None
-
-    def sign(self, patch: EvidencePatch) -> EvidencePatch:
-        return replace(patch, transcript=self.transcript, refusals=self.refusals)
+            return None, problem or TeacherError("malformed", "nothing of it may be shown")
+        return replace(patch, transcript=self.transcript, refusals=self.refusals), problem
 
     def use_tools(self, calls: list[tuple[str, str]]) -> list[dict]:
         parts = []
@@ -523,7 +537,7 @@ class Conversation:
             guess = yield blind_messages(self.case, words)
             if isinstance(guess, TeacherError):
                 return f"it could not be read blind ({guess.cause})"
-            if self.right(guess[0], self.case):
+            if self.right(without_thoughts(guess[0]), self.case):
                 return "the question can be answered from the words, without the video"
 
 
@@ -548,25 +562,26 @@ def diagnose(
     if right:
         new = {(case.id, case.question): case for case in cases}
         new = {question: case for question, case in new.items() if question not in alone}
-        replies = ask([blind_messages(case, "") for case in new.values()], timeout)
+        replies = ask([blind_messages(case, "") for case in new.values()], timeout / 2)
         for question, reply in zip(new, replies):
             if isinstance(reply, tuple):
-                alone[question] = right(reply[0], new[question])
+                alone[question] = right(without_thoughts(reply[0]), new[question])
 
-    talks = {}
+    conversations = {}
     for case in cases:
         test = None if alone.get((case.id, case.question)) else right
-        talks[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
-    waiting = [talk for talk in talks.values() if talk.outcome is None]
+        conversations[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
+    waiting = [one for one in conversations.values() if one.outcome is None]
     while waiting:
-        replies = ask([talk.messages for talk in waiting], end - time.monotonic())
-        for talk, reply in zip(waiting, replies):
-            talk.advance(reply)
-        waiting = [talk for talk in waiting if talk.outcome is None]
+        # A turn may take half of what is left: a slow reply does not take the others' next turns.
+        replies = ask([one.messages for one in waiting], (end - time.monotonic()) / 2)
+        for conversation, reply in zip(waiting, replies):
+            conversation.advance(reply)
+        waiting = [one for one in waiting if one.outcome is None]
 
     if spent is not None:
-        spent["refused"] += sum(len(talk.refusals) for talk in talks.values())
-    return [talks[repr(case)].outcome for case in cases]
+        spent["refused"] += sum(len(one.refusals) for one in conversations.values())
+    return [conversations[repr(case)].outcome for case in cases]
 
 
 # --- what can be put around a brain ---
@@ -610,25 +625,29 @@ def checked(reply) -> Reply:
 
 def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
     """The same brain, asked only what `folder` holds no reply to: replies stand there under a hash
-    of `brain`, its name, and all that it was shown. None: a replay, which asks nobody."""
+    of `brain`, its name, and all that it was shown. None: a replay, which asks nobody, and in which
+    failures are replayed too."""
 
     def ask(talks: list, seconds: float) -> list[Reply]:
         began = time.monotonic()
-        hashes = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
-        replies = [load_reply(Path(folder, name)) if folder else None for name in hashes]
-        missing = [k for k, reply in enumerate(replies) if reply is None]
-        fresh = [TeacherError("miss", "it is not in the cache")] * len(missing)
+        names = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
+        known = [load_reply(Path(folder, name)) if folder else None for name in names]
+        if chat:  # what failed before is asked again
+            known = [reply if isinstance(reply, tuple) else None for reply in known]
+        missing = {name: talk for name, talk, reply in zip(names, talks, known) if reply is None}
+        replies = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
-            fresh = [checked(reply) for reply in chat([talks[k] for k in missing], seconds)]
-        for k, reply in zip(missing, fresh, strict=True):
-            replies[k] = reply
-            if chat and folder:
-                store_reply(Path(folder, hashes[k]), reply)
-        spent["calls"] += len(missing) if chat else 0
-        spent["hits"] += len(talks) - len(missing)
-        spent["tokens"] += sum(reply[1] for reply in fresh if isinstance(reply, tuple))
+            left = 0.97 * (seconds - time.monotonic() + began)
+            replies = with_deadline(chat)([*missing.values()], left)
+        fresh = dict(zip(missing, replies, strict=True))  # equal ones are asked once
+        for name, reply in fresh.items() if chat and folder else ():
+            store_reply(Path(folder, name), reply)
+
+        spent["calls"] += len(fresh) if chat else 0
+        spent["hits"] += len(talks) - len(fresh)
+        spent["tokens"] += sum(reply[1] for reply in fresh.values() if isinstance(reply, tuple))
         spent["seconds"] += time.monotonic() - began
-        return replies
+        return [fresh.get(name, reply) for name, reply in zip(names, known)]
 
     return ask
 
@@ -685,7 +704,7 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         return text.replace(key, "[key]") if len(key) > 7 else text
 
     async def reply_to_all(talks: list, end: float) -> list[Reply]:
-        slots, nobody = asyncio.Semaphore(workers), openai.Omit()
+        slots, nobody = asyncio.Semaphore(max(workers, 1)), openai.Omit()
         async with openai.AsyncOpenAI(
             base_url=url,
             api_key=key or "none",

@@ -108,7 +108,8 @@ HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
 # May differ when a run is resumed.
 FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url"} | {
-    f"teacher_{name}" for name in ("device", "batch", "workers", "timeout", "step_timeout")
+    f"teacher_{name}"
+    for name in "device batch workers timeout step_timeout model max_tokens cache".split()
 }
 
 
@@ -234,7 +235,7 @@ def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
     return ffr.Student(model.to(accelerator.device), processor, sampling, c)
 
 
-def load_teacher(c: Config, samples: list[data.Sample], device) -> partial | None:
+def load_teacher(c: Config, samples: list[data.Sample], device):
     """The brain that the settings name, inside the protocol of teacher.py."""
     if c.method == "grpo" or c.eval_only:  # at test time there is no teacher
         return None
@@ -310,10 +311,11 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
             if len([*Path(c.out, "repairs").glob("*.txt")]) * steps <= 8 * step:  # 8 in a run
                 ffr.show_repair(c, questions, groups, step + 1)
         bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
-        useless = watch_teacher(history, rows, accelerator.is_main_process)
+        useless = watch_teacher(history[done:], rows, accelerator.is_main_process)
         if (step + 1) % c.save_steps == 0 or step + 1 == steps or useless:
             save_checkpoint(accelerator, c, step + 1)
         if useless:
+            accelerator.wait_for_everyone()
             raise SystemExit(f"train.py: {useless}; step {step + 1} is saved: mend it and --resume")
     weights = accelerator.get_state_dict(model)  # whole, where they are sharded
     if accelerator.is_main_process:
@@ -326,13 +328,12 @@ def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
 def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
     """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
     Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
-    known = {name for metrics in history[:-1] for name in metrics}
-    said = {row["cause"]: f"{row['cause']}: {row['detail']}" for row in rows if row["cause"]}
-    news = [f"no patch ({said[cause]})" for cause in said if f"teacher_{cause}" not in known]
+    said = {r["cause"]: f"{r['cause']}: {r['detail']}" for r in reversed(rows) if r["cause"]}
+    news = [said[cause] for cause in said if not any(f"teacher_{cause}" in m for m in history[:-1])]
     if said and not history[-1]["intervention"]:
-        news.append(f"step {history[-1]['step']}: the teacher helped none of the failed rollouts")
+        news.append(f"no failed rollout of step {history[-1]['step']} got a patch")
     for line in news if tell else []:
-        tqdm.write(line)
+        tqdm.write(f"teacher: {line}")
     asked = [m for m in history if m["teacher_failures"] or m["intervention"]][-HELPLESS:]
     if said and len(asked) == HELPLESS and not any(m["intervention"] for m in asked):
         return f"the teacher helped nobody in {HELPLESS} steps ({[*said.values()][-1]})"

@@ -604,3 +604,95 @@ teacher.diagnose([make_case()], lambda talks, seconds: time.sleep(60), lambda *_
     began = time.time()
     process.send_signal(signal.SIGINT)
     assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1] and time.time() - began < 5
+
+
+def test_equal_blind_talks_are_asked_once_and_replayed_alike(tmp_path):
+    """A brain that samples would answer them differently: live and replay must not."""
+    answers = iter(["book", "no idea"] * 9)
+
+    def chat(talks, seconds):
+        return [(next(answers), 1) if len(talk) == 1 else (patch_json(), 1) for talk in talks]
+
+    cases = [make_case(response=words) for words in "abcd"]
+    runs = []
+    for brain_or_none in (chat, None):
+        spent = Counter()
+        ask = teacher.cached(brain_or_none, str(tmp_path), "b", spent)
+        alone = {("c", "What is put down?"): False}
+        runs.append(teacher.diagnose(cases, ask, reward.gate, right=reward.answers, alone=alone))
+        assert (spent["calls"] > 0) is (brain_or_none is not None)
+    assert list(map(repr, runs[0])) == list(map(repr, runs[1]))
+    assert len({patch.guidance for patch in runs[0]}) == 1
+
+
+def test_what_failed_is_replayed_and_with_a_brain_asked_again(tmp_path):
+    def late(talks, seconds):
+        time.sleep(0.4)
+        return [(patch_json(), 1)] * len(talks)
+
+    for chat, seconds, cause in ((late, 0.4, "timeout"), (None, 9.0, "timeout")):
+        ask = teacher.cached(chat, str(tmp_path), "b", Counter())
+        (error,) = teacher.diagnose([make_case()], ask, reward.gate, timeout=seconds)
+        assert error.cause == cause
+    ask = teacher.cached(late, str(tmp_path), "b", Counter())
+    assert isinstance(teacher.diagnose([make_case()], ask, reward.gate)[0], EvidencePatch)
+
+
+def test_miscounted_replies_are_not_kept(tmp_path):
+    ask = teacher.cached(lambda *_: [(patch_json(), 1)], str(tmp_path), "b", Counter())
+    cases = [make_case(response=words) for words in "ab"]
+    assert {one.cause for one in teacher.diagnose(cases, ask, reward.gate)} == {"raised"}
+    assert not [file for file in tmp_path.iterdir() if '"cause"' not in file.read_text()]
+
+
+def test_a_slow_reply_does_not_take_the_others_next_turns():
+    def chat(talks, seconds):
+        replies = []
+        for talk in talks:
+            hangs = f"response:\nslow {len(talk)}" in talk[1]["content"][0]["text"]
+            text = patch_json() if len(talk) > 4 else "TOOL_CALL: get_frame(1)"
+            replies.append(TeacherError("timeout") if hangs else (text, 1))
+            time.sleep(0.9 * seconds if hangs else 0)
+        return replies
+
+    cases = [make_case(response=words) for words in ("slow 2", "slow 4", "a", "b")]
+    verdicts = diagnose(cases, chat, timeout=2.0)
+    assert [isinstance(verdict, EvidencePatch) for verdict in verdicts] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_gate_that_raises_costs_its_case():
+    def gate(patch, case):
+        return {"a": None}[case.response]
+
+    cases = [make_case(response=words) for words in "ab"]
+    patch, error = teacher.diagnose(cases, brain(patch_json()), gate)
+    assert patch.key_frames == [4] and error.cause == "raised" and "KeyError" in error.detail
+
+
+def test_thoughts_of_the_blind_reader_are_not_its_answer():
+    said = "<think>the answer is <answer>cup</answer>?</think>\n<answer>book</answer>"
+    chat = blind_brain(lambda text: said if "follow the hand" in text else "no idea")
+    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    assert patch.guidance == "" and len(patch.refusals) == 2
+
+
+def test_reduced_patch_is_not_lost_to_a_later_failure():
+    def chat(talks, seconds):
+        leaks = len(talks[0]) == 2
+        return [(patch_json("it is the book"), 1) if leaks else TeacherError("http_503")]
+
+    (patch,) = diagnose([make_case()], chat)
+    assert patch.guidance == "" and patch.key_frames == [4]
+
+
+def test_tool_of_ones_own_takes_quoted_words(monkeypatch):
+    monkeypatch.setitem(teacher.TOOLS, "search", lambda case, query: [teacher.text_part(query)])
+    for call in ('search("red car")', "search(query='red car')"):
+        chat = brain(f"TOOL_CALL: {call}", patch_json())
+        diagnose([make_case()], chat)
+        assert chat.seen[1][0][-1]["content"][0]["text"] == "red car"
