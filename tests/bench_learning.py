@@ -216,8 +216,9 @@ def learn(job: tuple) -> dict:
     student = train.load_student(config, accelerator)
     samples, opened = data.load_samples(config.data), {}
     held_out = data.load_samples(str(folder / "held_out/records.jsonl"))
-    teach = train.load_teacher(replace(config, method="ffr"), samples + held_out, None)
-    teach = partial(teach, num_frames=2)  # a scripted brain does not look at them
+    # A scripted brain does not look at the frames that it is shown: two will do.
+    shown = replace(config, method="ffr", num_frames=2)
+    teach = train.load_teacher(shown, samples + held_out, None)
     gate = (lambda patch, case: None) if arm == "leaking teacher" else reward.gate
 
     def open_questions(_, asked: list, spare=None) -> list:  # each video is decoded once a run
