@@ -25,7 +25,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +40,7 @@ import data  # noqa: E402
 import ffr  # noqa: E402
 import grpo  # noqa: E402
 import reward  # noqa: E402
+import teacher  # noqa: E402
 import train  # noqa: E402
 from teacher import TeacherError  # noqa: E402
 
@@ -217,9 +217,13 @@ def learn(job: tuple) -> dict:
     samples, opened = data.load_samples(config.data), {}
     held_out = data.load_samples(str(folder / "held_out/records.jsonl"))
     # A scripted brain does not look at the frames that it is shown: two will do.
-    shown = replace(config, method="ffr", num_frames=2)
-    teach = train.load_teacher(shown, samples + held_out, None)
+    shown = replace(config, num_frames=2)
     gate = (lambda patch, case: None) if arm == "leaking teacher" else reward.gate
+    evidence = {s.id: s.truth["evidence"] for s in samples + held_out}
+    teach, helped = (
+        teacher.load_teacher(shown, None, one, reward.answers, evidence)
+        for one in (gate, reward.gate)
+    )
 
     def open_questions(_, asked: list, spare=None) -> list:  # each video is decoded once a run
         for sample in asked:
@@ -241,7 +245,7 @@ def learn(job: tuple) -> dict:
         stop_or_measure()
 
         def told(cases: list) -> list:
-            return [change(arm, *pair, rng) for pair in zip(ask(cases, gate=gate), cases)]
+            return [change(arm, *pair, rng) for pair in zip(ask(cases), cases)]
 
         groups = ONE_ROUND(student, asked, num_rollouts, ask and told, kappa, lam, key)
         rollouts = [r for group in groups for r in group]
@@ -296,7 +300,7 @@ def learn(job: tuple) -> dict:
             questions[0],
         )
     except Spent:
-        final = measure(student, questions, partial(teach, gate=reward.gate))
+        final = measure(student, questions, helped)
     third = max(len(rates) // 3, 1)
     repairs = sum(row[0] for row in rates) * QUESTIONS * config.num_rollouts
     return final | {
