@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 # Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
 TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
-
-
-FIELDS = "problem_id problem problem_type solution path options data_type data_source process"
+# A record's fields that are read here, or known to be of no use.
+FIELDS = ("problem_id", "problem", "problem_type", "solution", "path", "options")
+FIELDS += ("data_type", "data_source", "process", "evidence", "moments", "cue", "look")
 
 
 class DataError(ValueError):
@@ -51,7 +51,7 @@ class Sample:
     path: str  # of the video file
     source: str = ""
     truth: dict = field(default_factory=dict)
-    record: dict = field(default_factory=dict)  # the fields that are not ours, for teacher's tools
+    record: dict = field(default_factory=dict)  # all but FIELDS, for a teacher's tools
 
 
 def need(fine: object, problem: str) -> None:
@@ -122,7 +122,7 @@ def _sample(record: dict, where: str, root: Path) -> Sample:
     fault = reference_fault(answer.strip(), kind, [*map(str, options)])
     need(not fault, fault)
     truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    more = {name: value for name, value in record.items() if name not in (*FIELDS.split(), *truth)}
+    more = {name: value for name, value in record.items() if name not in FIELDS}
     return Sample(
         str(record.get("problem_id", where)),
         record["problem"],

@@ -413,8 +413,8 @@ def gate(patch, case) -> str | None:
 
 def answers(reply: str, case) -> bool:
     """Whether a brain that was asked a case's question, in the blind test, answers it right."""
-    said = f"<answer>{reply.rpartition('<answer>')[2].partition('</answer>')[0]}</answer>"
-    return score(said, case.answer, case.problem_type).correct
+    given, _, _ = reply.rpartition("<answer>")[2].partition("</answer>")
+    return verify(given.strip(), case.answer, case.problem_type)
 
 
 # --- what judgements add up to ---

@@ -560,8 +560,7 @@ def diagnose(
     ask = with_deadline(chat)
     alone = {} if alone is None else alone
     if right:
-        new = {(case.id, case.question): case for case in cases}
-        new = {question: case for question, case in new.items() if question not in alone}
+        new = {(c.id, c.question): c for c in cases if (c.id, c.question) not in alone}
         replies = ask([blind_messages(case, "") for case in new.values()], timeout / 2)
         for question, reply in zip(new, replies):
             if isinstance(reply, tuple):
@@ -813,9 +812,15 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
     return chat
 
 
-def scripted(truths: dict[str, list[dict]]) -> Chat:
+def as_parts(message: dict) -> dict:
+    """A message whose content is a list, over which chat templates loop."""
+    content = message["content"]
+    return message | {"content": [text_part(content)] if isinstance(content, str) else content}
+
+
+def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
     """A brain that looks the evidence up by case id, but speaks the whole protocol.
-    `truths[id]`: records of `error_type`, `key_frames`, `region`, and optionally `moment`,
+    `truths[id]`: one or more of `error_type`, `key_frames`, `region`, and optionally `moment`,
     `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
 
     def reply(talk: list[dict]) -> tuple[str, int]:
@@ -841,12 +846,6 @@ def scripted(truths: dict[str, list[dict]]) -> Chat:
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
 
     return lambda talks, seconds: [reply(talk) for talk in talks]
-
-
-def as_parts(message: dict) -> dict:
-    """A message whose content is a list, over which chat templates loop."""
-    content = message["content"]
-    return message | {"content": [text_part(content)] if isinstance(content, str) else content}
 
 
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:

@@ -82,13 +82,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def say(text, tokens=7):
-    message = {"role": "assistant", "content": text}
-    body = {
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"total_tokens": tokens},
-    }
+def message(finish="stop", usage=None, **fields):
+    """A reply of any shape."""
+    fields = {"role": "assistant", "content": None} | fields
+    choice = {"index": 0, "message": fields, "finish_reason": finish}
+    body = {"choices": [choice], "usage": usage}
     return 200, {"content-type": "application/json"}, json.dumps(body).encode()
+
+
+def say(text, tokens=7):
+    return message(content=text, usage={"total_tokens": tokens})
 
 
 @pytest.fixture(scope="module")
@@ -496,14 +499,6 @@ def test_a_short_or_broken_key_does_no_harm(endpoint, monkeypatch):
     endpoint.fault = lambda messages, times: say("box of 1 x")
     talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     assert teacher.remote(endpoint.url, "m", "x")([talk], 5.0) == [("box of 1 x", 7)]
-
-
-def message(finish="stop", usage=None, **fields):
-    """A reply of any shape."""
-    fields = {"role": "assistant", "content": None} | fields
-    choice = {"index": 0, "message": fields, "finish_reason": finish}
-    body = {"choices": [choice], "usage": usage}
-    return 200, {"content-type": "application/json"}, json.dumps(body).encode()
 
 
 def refused(status, words, **more):

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import test_teacher
 from test_teacher import brain, diagnose, make_case
 
 import teacher
@@ -12,16 +13,13 @@ from teacher import Case, EvidencePatch, Region
 BOX, LABELLED = [0.1, 0.2, 0.5, 0.6], {"frame": 3, "box": [0.1, 0.2, 0.5, 0.6], "what": "square"}
 
 
-class Clip:
+class Clip(test_teacher.Clip):
     """16 frames of 128 x 128 pixels, two a second."""
 
     fps = 2.0
 
     def __len__(self):
         return 16
-
-    def seconds(self, index):
-        return index / self.fps
 
     def frame(self, index):
         return teacher.Image.new("RGB", (128, 128), (8 * index, 0, 0))
