@@ -441,10 +441,12 @@ def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
     `num_frames` together, or they shrink to their middles."""
     spans = patch.spans[:MAX_FRAMES]
     length = sum(last - first + 1 for first, last in spans)
-    keep = min(1.0, MAX_SHARE * num_frames / max(length, 1))
+    most = max(int(MAX_SHARE * num_frames), len(spans))  # a frame each, and a share of the rest
     shrunk = []
     for first, last in spans:
-        size = max(1, int((last - first + 1) * keep))
+        size = last - first + 1
+        if length > most:
+            size = 1 + (last - first) * (most - len(spans)) // (length - len(spans))
         start = (first + last - size + 1) // 2
         shrunk.append((start, start + size - 1))
     frames, regions = patch.key_frames[:MAX_FRAMES], patch.regions[:MAX_REGIONS]

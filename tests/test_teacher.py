@@ -446,6 +446,11 @@ def test_many_moments_are_cut_like_long_ones():
     assert len(patch.spans) == teacher.MAX_FRAMES
 
 
+def test_short_moments_beside_a_long_one_are_cut_to_size_together():
+    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[0], [0], [0, 17]])))
+    assert sum(b - a + 1 for a, b in patch.spans) <= 10  # 25 % of 40 frames
+
+
 def test_leak_on_the_last_turn_is_reduced_too():
     turns = ["TOOL_CALL: get_frame(1)"] * (teacher.MAX_TURNS - 1) + [patch_json("it is the book")]
     (patch,) = diagnose([make_case()], brain(*turns))
