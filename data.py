@@ -1,28 +1,32 @@
-"""Video question-answering data: records, frames, and the needle videos of tiny mode.
+"""Video question-answering data: records, their videos frame by frame, and tiny mode's videos.
 
-    x = (v, q)      `Sample` (q, its options, answer y and type) and `Video` (v)
-    student's view  `Video.uniform(n)`: n original frame indices; `Video.seconds(i)`: their times
+    x = (v, q)      `Sample` is q, with its options, answer y and type; `Video` is v
+    student's view  `Video.uniform(n)`: n frame indices; `Video.seconds(i)`: when frame i is shown
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
-Sources: FFR Table 8, Video-R1's format; needle videos are ours. Needs no sibling."""
+Frames are those that a player shows, in its order, and times count from the first of them.
+Sources: FFR Table 8, Video-R1's format; needle videos are ours. Imports no sibling."""
 
 import argparse
 import json
 import os
 import pickle
 import random
+import re
 import sys
-import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from statistics import median
-from struct import pack
+from struct import pack, unpack
 from subprocess import DEVNULL, PIPE, Popen
+from threading import Event, Thread
+from typing import Annotated
 
 import decord
 from PIL import Image, ImageDraw
@@ -30,18 +34,36 @@ from tqdm import tqdm
 
 # Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
 TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
-# A record's fields that are read here, or known to be of no use.
-FIELDS = ("problem_id", "problem", "problem_type", "solution", "path", "options")
-FIELDS += ("data_type", "data_source", "process", "evidence", "moments", "cue", "look")
-
-
-class DataError(ValueError):
-    """A data file, record or video that cannot be used; the message says which and what to do."""
+TEXTS = ("problem", "problem_type", "solution", "path")  # a record's fields that must be there
+TRUTHS = ("evidence", "moments", "cue", "look")  # for a scripted teacher or a cold start
+KNOWN = {*TEXTS, *TRUTHS, "problem_id", "options", "data_type", "data_source", "process"}
+MANY = 1000  # videos; more than these are checked before a run, not at its start
 
 
 @dataclass
+class Settings:
+    """Which records and videos: train.py's flags."""
+
+    data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
+    video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
+    skip: Annotated[str, "list of records to leave out, as `python data.py` writes it (ours)"] = ""
+    eval_data: Annotated[str, "held-out records, for accuracy before and after (ours)"] = ""
+    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = 60.0
+
+
+class DataError(ValueError):
+    """A file, record or video that cannot be used. The message says which, why and what to do;
+    `cause` is the part that all faults of a kind share, by which a check counts them."""
+
+    def __init__(self, where: str, cause: str, remedy: str):
+        super().__init__(f"{where}: {cause}{remedy}")
+        self.cause, self.remedy = cause, remedy
+
+
+# --- records ---
+@dataclass
 class Sample:
-    """One video question. `truth` is for a scripted teacher or a cold start alone to look up."""
+    """One video question."""
 
     id: str
     question: str
@@ -50,89 +72,122 @@ class Sample:
     problem_type: str
     path: str  # of the video file
     source: str = ""
-    truth: dict = field(default_factory=dict)
-    record: dict = field(default_factory=dict)  # all but FIELDS, for a teacher's tools
-
-
-def need(fine: object, problem: str) -> None:
-    if not fine:
-        raise DataError(problem)
+    truth: dict = field(default_factory=dict)  # TRUTHS, for a scripted teacher alone to look up
+    record: dict = field(default_factory=dict)  # fields that are not KNOWN, for a teacher's tools
 
 
 def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample]:
-    """Read Video-R1 records from a `.json` list or a `.jsonl` file. `video_root` comes before each
-    record's `path` (default: the data file's own folder); `skip` is the list that `python data.py`
-    wrote. Raises `DataError` naming the file, the record (from 1), the field and the remedy."""
-    left_out, sha = {}, digest(path)
-    if skip:
-        try:
-            of, left_out = json.loads(Path(skip).read_text(encoding="utf-8")).values()
-        except (AttributeError, ValueError) as error:
-            raise DataError(f"{skip}: no skip list; python data.py {path} writes one") from error
-        need(of == sha, f"{skip}: lists another {path}; run python data.py {path} again")
-    samples = [s for i, s in read_records(path, video_root).items() if str(i) not in left_out]
-    for broken in [s for s in samples if isinstance(s, DataError)]:
-        raise broken
+    """Read Video-R1 records, a JSON list or JSON lines. `video_root` comes before each record's
+    `path` (default: the data file's own folder); `skip` is the list that `python data.py` wrote.
+    Raises `DataError` for the first bad record, naming it, the field and the remedy."""
+    left_out = read_skip_list(skip, path) if skip else {}
+    found = read_records(path, video_root)
+    samples = [sample for number, sample in found.items() if str(number) not in left_out]
+    refuse_faults(samples, path)
     return samples
 
 
+def refuse_faults(found: list, path: str) -> None:
+    """Raise the first `DataError` among these, if there is one, and tell how many there are."""
+    faults = [fault for fault in found if isinstance(fault, DataError)]
+    if faults:
+        alike = sum(fault.cause == faults[0].cause for fault in faults)
+        advice = f"{alike} such, {len(faults)} in all; `python data.py {path}` lists them for --skip"
+        faults[0].args = (f"{faults[0]} ({advice})",)
+        raise faults[0]
+
+
+def read_skip_list(file: str, path: str) -> dict[str, str]:
+    """The numbers of a data file's records to leave out, each with its reason."""
+    try:
+        listed = json.loads(Path(file).read_text(encoding="utf-8"))
+        sha, records = listed["data"], dict(listed["records"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(file, "no skip list", f"; python data.py {path} writes one") from error
+    if sha != digest(path):
+        raise DataError(file, f"lists another {path}", f"; run python data.py {path} again")
+    return records
+
+
 def digest(path: str) -> str:
-    need(Path(path).is_file(), f"{path}: no such data file; give a .json or .jsonl file")
+    """The data file's SHA-256."""
+    if not Path(path).is_file():
+        raise DataError(path, "no such data file", "; give a .json or .jsonl file")
     return sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
     """By every record's number, from 1, its sample or what is wrong with it."""
-    file, found, seen = Path(path), {}, {}
-    text = file.read_text(encoding="utf-8")
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = lines if file.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); mend that place") from error
-    need(isinstance(records, list) and records, f"{path}: holds no records; give a list of them")
-    for i, record in enumerate(records, 1):
-        where = f"{path}, record {i}"
+    digest(path)
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    if content.startswith(b"["):
+        records = parse_json(content, path)
+    else:
+        records = [line for line in content.split(b"\n") if line.strip()]
+    if not records:
+        raise DataError(path, "holds no records", "; give a list of them")
+
+    found, first = {}, {}
+    for number, record in enumerate(records, 1):
+        where = f"{path}, record {number}"
         try:
-            record = json.loads(record) if isinstance(record, str) else record
-            found[i] = _sample(record, where, Path(video_root or file.parent))
-            first = seen.setdefault(found[i].id, i)
-            need(first == i, f"problem_id of record {first}; drop one")
-        except json.JSONDecodeError as error:
-            found[i] = DataError(f"{where}: not valid JSON ({error}); mend that place")
-        except DataError as error:
-            found[i] = DataError(f"{where}: {error}")
+            if isinstance(record, bytes):
+                record = parse_json(record, where)
+            sample = read_record(record, where, Path(video_root or Path(path).parent))
+            other = first.setdefault(sample.id, number)
+            if other != number:
+                raise DataError(where, "problem_id of", f" record {other}; drop one")
+            found[number] = sample
+        except DataError as fault:
+            found[number] = fault
     return found
 
 
-def _sample(record: dict, where: str, root: Path) -> Sample:
-    need(isinstance(record, dict), "no JSON object; each record is a dict of Video-R1's fields")
-    for name in ("problem", "problem_type", "solution", "path"):
+def parse_json(text: bytes, where: str):
+    """Raises `DataError` whatever is wrong: numbers of 5,000 digits and deep nesting, too."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(where, "not UTF-8", f" ({error}); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, "not valid JSON", f" ({error}); mend that place") from error
+
+
+def read_record(record: dict, where: str, root: Path) -> Sample:
+    """A record's sample. Raises `DataError` where it cannot be asked or answered."""
+
+    def need(fine: object, cause: str, remedy: str) -> None:
+        if not fine:
+            raise DataError(where, cause, remedy)
+
+    need(isinstance(record, dict), "no JSON object", "; each record is a dict of Video-R1's fields")
+    data_type = record.get("data_type", "video")
+    need(data_type == "video", "data_type is not 'video'", f" but {data_type!r}; drop the record")
+    for name in TEXTS:
         fine = isinstance(record.get(name), str) and record[name].strip()
-        need(fine, f"field '{name}' is missing or no text; add it or drop the record")
+        need(fine, f"field '{name}' is missing or no text", "; add it or drop the record")
     kind, options = record["problem_type"], record.get("options") or []
-    need(record.get("data_type", "video") == "video", "data_type is not 'video'; drop the record")
-    need(kind in TYPES, f"unknown problem_type '{kind}'; use one of: {', '.join(TYPES)}")
+    need(kind in TYPES, "unknown problem_type", f" '{kind}'; use one of: {', '.join(TYPES)}")
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
-    need(end and answer.strip(), "solution has no <answer>…</answer>; wrap the answer in it")
-    need(isinstance(options, list), "field 'options' is no list; mend it")
-    need(options or kind != "multiple choice", "multiple choice without options; add 'options'")
+    need(end and answer.strip(), "solution has no <answer>…</answer>", "; wrap the answer in it")
+    need(isinstance(options, list), "field 'options' is no list", "; mend it")
+    options = [str(option) for option in options]
+    need(options or kind != TYPES[0], "multiple choice without options", "; add 'options'")
     video = root / record["path"]
-    need(video.is_file(), f"no video at {video}; mend 'path' or give --video_root")
-    fault = reference_fault(answer.strip(), kind, [*map(str, options)])
-    need(not fault, fault)
-    truth = {k: record[k] for k in ("evidence", "moments", "cue", "look") if k in record}
-    more = {name: value for name, value in record.items() if name not in FIELDS}
+    need(video.is_file(), "no video at", f" {video}; mend 'path' or give --video_root")
+    fault = reference_fault(answer.strip(), kind, options)
+    need(not fault, "no answer can be right by it", f". {fault}")
+
     return Sample(
-        str(record.get("problem_id", where)),
-        record["problem"],
-        [*map(str, options)],
-        answer.strip(),
-        kind,
-        str(video),
-        str(record.get("data_source", "")),
-        truth,
-        more,
+        id=str(record.get("problem_id", where)),
+        question=record["problem"],
+        options=options,
+        answer=answer.strip(),
+        problem_type=kind,
+        path=str(video),
+        source=str(record.get("data_source", "")),
+        truth={name: record[name] for name in TRUTHS if name in record},
+        record={name: value for name, value in record.items() if name not in KNOWN},
     )
 
 
@@ -145,78 +200,48 @@ def reference_fault(answer: str, kind: str, options: list[str]) -> str | None:
     return reference_problem(answer, kind, options)
 
 
-@dataclass
+# --- videos, in this process ---
 class Decoder:
-    """decord in a process of its own: a corrupt packet can make it abort or hang, which then raises
-    `DataError` for that video and not the run. Serves one thread at a time."""
+    """decord in a process of its own, as a corrupt packet can make it abort or hang: that costs the
+    request and not the run. Serves one thread at a time."""
 
-    patience: float = 60.0  # seconds that a request may take
     child: Popen | None = None
 
-    def __call__(self, path: str, indices: list[int] | None = None):
-        """Frames, (n, height, width, 3) uint8; without `indices`, fps and every frame's seconds."""
+    def __call__(self, path: str, indices: list | None = None, in_order=False, patience=60.0):
+        """What `read_frames` gives for `indices`, or `open_clip` without. Raises `DataError`, also
+        where that takes over `patience` seconds of the process's own work, or of waiting."""
         if self.child is None or self.child.poll() is not None:
-            self.child = Popen(
-                [sys.executable, __file__, "--decode"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL
-            )
-        clock = threading.Timer(self.patience, self.child.kill)
-        clock.start()
+            command = [sys.executable, __file__, "--decode"]
+            self.child = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         try:
-            pickle.dump((os.path.abspath(path), indices), self.child.stdin)
+            pickle.dump((os.path.abspath(path), indices, in_order, patience), self.child.stdin)
             self.child.stdin.flush()
-            found = pickle.load(self.child.stdout)
+            fault, found = pickle.load(self.child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.child.kill()
-            self.child.wait()
-            found = f"ended decord, or took it over {self.patience:.0f} s"
-        finally:
-            clock.cancel()
-        if isinstance(found, str):
-            raise DataError(f"{path}: {found}; replace the file")
+            fault = ENDS.get(self.child.wait(), BROKEN)
+        if fault:
+            raise DataError(path, *fault)
         return found
 
 
-def serve_decoder() -> None:
-    """What the child does, until its parent is gone."""
-    reader_of = lru_cache(8)(decord.VideoReader)
-    while sys.stdin.buffer.peek():
-        path, indices = pickle.load(sys.stdin.buffer)
-        try:
-            reader = reader_of(path, num_threads=1)
-            if indices is None:
-                times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
-                found = float(reader.get_avg_fps()), (times - times[:1]).tolist()
-            else:
-                found = reader.get_batch(indices).asnumpy()
-        except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
-            found = "not a video that decord opens"
-            found = f"frames {indices[0]} to {indices[-1]} do not decode" if indices else found
-        pickle.dump(found, sys.stdout.buffer)
-        sys.stdout.flush()
-
-
 class Video:
-    """A video, frames by their original index: teacher.py's clip. Raises `DataError` if broken."""
+    """A video by the indices of its frames, as teacher.py's tools take it. Raises `DataError` where
+    it cannot be read."""
 
-    def __init__(self, path: str, decoder: Decoder = Decoder()):
-        self.path, self.decoder = str(path), decoder
-        # frame(i): one original frame at native size; the last are kept, tools look at them again.
-        self.frame = lru_cache(32)(lambda i: Image.fromarray(decoder(str(path), [i])[0]))
-        self.fps, self.times = decoder(self.path)
-        need(
-            len(self) > 1 and 0 < self.fps < 1e4,
-            f"{path}: {len(self)} frame(s) at {self.fps} fps; replace the file",
-        )
-        with open(path, "rb") as file:
-            name, size = file.read(4), int.from_bytes(file.read(4), "little")
-        cut = name == b"RIFF" and size + 8 > os.path.getsize(path)  # decord opens what is left
-        need(not cut, f"{path}: an AVI that is cut short; replace the file")
+    def __init__(self, path: str, decoder: Decoder = Decoder(), patience: float = 60.0):
+        self.path = str(path)
+        self.times, in_order, self.pixel_aspect = decoder(self.path, patience=patience)
+        self._read = partial(decoder, self.path, in_order=in_order, patience=patience)
+        if len(self) < 2:
+            raise DataError(self.path, f"{len(self)} frame(s)", "; replace the file")
+        self.fps = (len(self) - 1) / self.times[-1]  # the mean, where the rate varies
 
     def __len__(self) -> int:
         return len(self.times)
 
     def seconds(self, index: int) -> float:
-        return self.times[index]  # since the first frame, at variable frame rates too
+        return self.times[index]
 
     def uniform(self, num_frames: int) -> list[int]:
         """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""
@@ -224,39 +249,377 @@ class Video:
         return [round(k * (len(self) - 1) / max(steps - 1, 1)) for k in range(steps)]
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
-        return [Image.fromarray(frame) for frame in self.decoder(self.path, list(indices))]
+        """These frames at native size, their pixels made square."""
+        try:
+            frames = self._read(list(indices))
+        except DataError as fault:
+            if fault.cause == SLOW[0]:
+                raise
+            # decord can fail or hang on a batch of which each frame decodes; else this names one.
+            frames = [self._read([index])[0] for index in indices]
+        images = [Image.fromarray(frame) for frame in frames]
+        if self.pixel_aspect != 1:
+            images = [i.resize((round(i.width * self.pixel_aspect), i.height)) for i in images]
+        return images
+
+    @lru_cache(32)  # of all videos together: a frame takes megabytes, and tools look at it again
+    def frame(self, index: int) -> Image.Image:
+        return self.frames([index])[0]
 
 
 def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     """Shrink an image to at most `max_pixels`, keeping its shape; smaller ones stay as they are."""
-    scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
-    return image if scale == 1 else image.resize([max(1, int(side * scale)) for side in image.size])
+    scale = (max_pixels / (image.width * image.height)) ** 0.5
+    if scale >= 1:
+        return image
+    height = min(max(1, int(image.height * scale)), max_pixels)
+    width = min(max(1, int(image.width * scale)), max_pixels // height)
+    return image.resize((width, height))
 
 
-def look_at(paths: list[str], num_frames: int = 1) -> dict:
-    """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
+# --- videos, in the decoder's process ---
+REENCODE = "re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+BROKEN = ("ended decord", ": a broken file; replace it")
+SLOW = ("too slow", f" to read; raise --decode_patience, or {REENCODE}")
+STUCK = ("decord waits for ever", ": a pipe, or a broken file; replace it")
+ENDS = {3: SLOW, 4: STUCK}  # by the process's exit status
+CONTAINERS = {  # by a file's first bytes
+    "MP4": rb".{4}(ftyp|moov|mdat|wide|free|skip)",
+    "Matroska": rb"\x1aE\xdf\xa3",
+    "AVI": rb"RIFF.{4}AVI ",
+    "Flash": rb"FLV",
+    "ASF": rb"\x30\x26\xb2\x75",
+    "Ogg": rb"OggS",
+    "MPEG program stream": rb"\0\0\x01\xba",
+    "MPEG transport stream": rb"(.{4})?G.{187}(.{4})?G",
+}
+CODEC = rb"vmhd.*?stsd.{12}(.{4})|(V_[\w/]+)|vids(.{4})"  # in MP4, Matroska, AVI
+PIXEL_ASPECT = rb"\0\0\0\x10pasp(.{4})(.{4})"  # in MP4: a pixel's width, its height
 
-    def look(path: str, mine=threading.local()):  # a decoder for each thread
+
+def serve_decoder() -> None:
+    """What the process does, until its parent is gone."""
+    while sys.stdin.buffer.peek():
+        path, indices, in_order, patience = pickle.load(sys.stdin.buffer)
+        done, fault, found = Event(), None, None
+        Thread(target=end_if_stuck, args=(done, patience), daemon=True).start()
         try:
-            video = Video(path, vars(mine).setdefault("decoder", Decoder()))
+            found = read_frames(path, indices, in_order) if indices else open_clip(path)
+        except DataError as error:
+            fault = error.cause, error.remedy
+        except decord.DECORDLimitReachedError:  # it would repeat a frame
+            fault = "counts more frames than it has", f"; {REENCODE}"
+        except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
+            where = f" (frame {indices[0]})" if indices else ""
+            fault = "frames do not decode", f"{where}; replace the file"
+        done.set()
+        pickle.dump((fault, found), sys.stdout.buffer)
+        sys.stdout.flush()
+
+
+def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
+    """End this process once it has worked on a request for `patience` seconds, or has not worked
+    for as long. Its own time counts, as on a shared machine the others may be the slow ones."""
+    began = worked = time.process_time()
+    idle = 0.0
+    while not done.wait(tick):
+        before, worked = worked, time.process_time()
+        idle = 0.0 if worked - before > tick / 100 else idle + tick
+        if worked - began > patience:
+            os._exit(3)
+        if idle >= patience:
+            os._exit(4)
+
+
+def open_clip(path: str) -> tuple[list[float], bool, float]:
+    """Seconds of each frame, whether they must be read in order, and the pixels' width : height."""
+    header = read_header(path)
+    known = [name for name, magic in CONTAINERS.items() if re.match(magic, header, re.DOTALL)]
+    container = known[0] if known else None
+    if container is None:
+        raise DataError(path, "no video file" if header else "an empty file", "; replace it")
+    if container == "MPEG transport stream":
+        raise DataError(path, f"{container}: decord takes wrong frames of it", f"; {REENCODE}")
+    if container == "AVI" and int.from_bytes(header[4:8], "little") + 8 > os.path.getsize(path):
+        raise DataError(path, "an AVI that is cut short", "; replace the file")  # decord opens it
+
+    try:
+        reader = open_reader(path)
+    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        codec = re.search(CODEC, header, re.DOTALL)
+        name = codec[codec.lastindex].decode("latin-1") if codec else "unknown"
+        if "cannot find video stream" in str(error):
+            advice = f"; pip install decord2 in its place, which reads AV1, or {REENCODE}"
+            raise DataError(path, f"{container}, codec {name}: decord cannot decode it", advice)
+        raise DataError(path, f"{container}, codec {name}: cut short or broken", "; replace it")
+
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
+    if abs(times).max() > 1e6 or not (times[1:] > times[:-1]).all():
+        raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
+    shown = times[times >= 0]  # frames before 0 are decoded and hidden: a clip cut without encoding
+    in_order = len(shown) < len(times) or not seeks_right(path, reader.get_key_indices())
+    width, height = 1, 1
+    if pixel := re.search(PIXEL_ASPECT, header, re.DOTALL):
+        width, height = (int.from_bytes(side, "big") for side in pixel.groups())
+    return (shown - shown[:1]).tolist(), in_order, width / height if width and height else 1.0
+
+
+def read_header(path: str, size: int = 2**16) -> bytes:
+    """The bytes that describe a file's streams: its first ones, with those of an MP4's `moov`."""
+    with open(path, "rb") as file:
+        header = box = file.read(size)
+        at = 0
+        while re.match(CONTAINERS["MP4"], header, re.DOTALL) and len(box) >= 16:
+            length, kind, long = unpack(">I4sQ", box[:16])
+            at += long if length == 1 else length
+            if kind == b"moov":
+                return header[:16] + box
+            if length == 0:
+                break
+            file.seek(at)
+            box = file.read(size)
+    return header
+
+
+def open_reader(path: str) -> decord.VideoReader:
+    """A reader for one request alone: while idle it decodes ahead into memory, and what it finds
+    depends on what it has read. It fails where it would repeat a frame for a missing one."""
+    return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
+
+
+def seeks_right(path: str, keys: list[int]) -> bool:
+    """Whether decord finds by seeking what comes there in order, tried at the first key frames. It
+    does not with open groups of pictures, as HEVC's encoders like to make them."""
+    places = [key for key in keys[1:5] if key <= 500]
+    try:
+        in_order = read_frames(path, places, in_order=True) if places else []
+        by_seeking = read_frames(path, places, in_order=False) if places else []
+    except (decord.DECORDError, RuntimeError):
+        return True  # a damaged place: asked for, it is named
+    return all((one == other).all() for one, other in zip(in_order, by_seeking))
+
+
+def read_frames(path: str, indices: list[int], in_order: bool):
+    """Frames as (height, width, 3) uint8, by their index among those that are shown."""
+    reader = open_reader(path)
+    if not in_order:
+        return reader.get_batch(indices).asnumpy()
+    frames = {}
+    for index in range(max(indices) + 1):
+        frame = reader.next()
+        if index in indices:
+            frames[index] = frame.asnumpy()
+    return [frames[index] for index in indices]
+
+
+# --- `python data.py FILE`: what is wrong with a data set, before a run ---
+def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
+    """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
+    own = getattr(os, "sched_getaffinity", None)  # the job's, where the machine has more
+    decoders = [Decoder() for _ in (own(0) if own else range(os.cpu_count() or 1))]
+
+    def look(path: str) -> tuple | DataError:
+        decoder = decoders.pop()
+        try:
+            video = Video(path, decoder, patience)
             video.frames(video.uniform(num_frames))
             return len(video), video.seconds(-1)
-        except DataError as error:
-            return error
+        except DataError as fault:
+            return fault
+        finally:
+            decoders.append(decoder)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(paths, tqdm(pool.map(look, paths), "videos", len(paths), leave=False)))
-
-
-def refuse_broken(samples: list[Sample], file: str) -> None:
-    """Raise DataError where a video of these does not open."""
-    seen = look_at(list({sample.path: 0 for sample in samples}))
-    broken = [fact for fact in seen.values() if isinstance(fact, DataError)]
-    if broken:
-        advice = f"({len(broken)} such; `python data.py {file}` lists them for --skip)"
-        raise DataError(f"{broken[0]} {advice}")
+    with ThreadPoolExecutor(len(decoders)) as pool:
+        looks = pool.map(look, paths)
+        return dict(zip(paths, tqdm(looks, "videos", len(paths), leave=False)))
 
 
+def stamp(path: str) -> list:
+    """What tells whether a file is as it was: its size and time."""
+    facts = os.stat(path)
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def refuse_broken(samples: list[Sample], file: str, skip: str = "", patience: float = 60.0) -> None:
+    """Raise `DataError` where a video does not open. Those that `python data.py` has opened are
+    trusted; over MANY others it wants to open first, as the other processes would wait here."""
+    try:
+        listed = json.loads(Path(skip or f"{file}.skip.json").read_text(encoding="utf-8"))
+        seen = dict(listed["videos"])
+    except (OSError, ValueError, LookupError, TypeError):
+        seen = {}
+    paths = {sample.path: None for sample in samples}
+    paths = [path for path in paths if seen.get(os.path.abspath(path)) != stamp(path)]
+    if len(paths) > MANY:
+        advice = f"; run `python data.py {file}` first, then train with --skip {file}.skip.json"
+        raise DataError(file, f"{len(paths)} videos were not opened before", advice)
+    refuse_faults([*look_at(paths, patience=patience).values()], file)
+
+
+def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
+    """Read every record, open every video; write FILE.skip.json and print a table."""
+    sha, records = digest(file), read_records(file, video_root)
+    paths = {sample.path: None for sample in records.values() if isinstance(sample, Sample)}
+    seen = look_at([*paths], num_frames, patience)
+    faults, fine = {}, []
+    for number, sample in records.items():
+        fact = sample if isinstance(sample, DataError) else seen[sample.path]
+        if isinstance(fact, DataError):
+            faults[number] = fact
+        else:
+            fine.append(sample)
+
+    opened = [path for path in seen if not isinstance(seen[path], DataError)]
+    found = {
+        "data": sha,
+        "records": {number: str(fault) for number, fault in faults.items()},
+        "videos": {os.path.abspath(path): stamp(path) for path in opened},
+    }
+    listed = Path(f"{file}.skip.json")
+    listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    print_table(fine, [seen[sample.path] for sample in fine])
+    for cause, count in Counter(fault.cause for fault in faults.values()).most_common():
+        example = next(fault for fault in faults.values() if fault.cause == cause)
+        print(f"  {f'{count} not fine':14}{example}")
+    print(f"{len(fine)} of {len(records)} records are fine; {listed} lists all others")
+    print(f"for `train.py --data {file} --skip {listed}`, which will not open these videos again")
+
+
+def print_table(samples: list[Sample], facts: list[tuple]) -> None:
+    """What the fine records are."""
+    for name in ("problem_type", "source"):
+        counts = Counter(getattr(sample, name) for sample in samples).most_common()
+        print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
+    for name, values in zip(("frames", "seconds"), zip(*facts)):
+        print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
+    questions = {(sample.path, sample.question, *sample.options) for sample in samples}
+    print(f"  {'asked again':14}{len(samples) - len(questions)} (same question, same video)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check data; FILE.skip.json lists what to skip.")
+    parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
+    parser.add_argument("--video_root", default="", help="folder the records' paths start from")
+    parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")
+    parser.add_argument(
+        "--decode_patience", type=float, default=60.0, help="seconds a clip may take"
+    )
+    given = parser.parse_args()
+    try:
+        check(given.file, given.video_root, given.num_frames, given.decode_patience)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"data.py: {error}") from error
+
+
+# --- needle videos: one short moment answers the question ---
+COLOURS = {
+    "red": (215, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 60, 220),
+    "yellow": (240, 220, 40),
+    "cyan": (40, 210, 220),
+    "pink": (245, 110, 200),
+    "white": (250, 250, 250),
+    "black": (9, 9, 9),
+}
+RELATIONS = {  # to the flash
+    -2: "two moments before",
+    -1: "one moment before",
+    0: "during",
+    1: "one moment after",
+    2: "two moments after",
+}
+MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
+
+
+def moment_frames(moment: int) -> list[int]:
+    return [moment * FRAMES_PER_MOMENT + k for k in range(FRAMES_PER_MOMENT)]
+
+
+def moment_time(moment: int) -> str:
+    """The time of a moment as the student's processor writes it: the mean of its frames' times."""
+    return f"<{sum(moment_frames(moment)) / FRAMES_PER_MOMENT / NEEDLE_FPS:.1f} seconds>"
+
+
+def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
+    """Write `n` needle videos and their records; returns the records' path. A moment shows a square
+    of two colours, one is flashed; asked are the colours of a moment relative to the flash."""
+    rng, root, margin = random.Random(seed), Path(folder), max(map(abs, relations))
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "records.jsonl", "w") as file:
+        for i in range(n):
+            name = f"needle-{seed}-{i:05d}"
+            cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
+            scenes = [
+                (rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
+                for _ in range(MOMENTS)
+            ]  # left, top, ring, core
+            frames = [
+                draw_scene(rng, scene, frame, flashed=moment == cue)
+                for moment, scene in enumerate(scenes)
+                for frame in moment_frames(moment)
+            ]
+            write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
+            record = needle_record(name, cue, relation, scenes)
+            file.write(json.dumps(record) + "\n")
+    return str(root / "records.jsonl")
+
+
+def draw_scene(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> Image.Image:
+    """A square in its ring over noise, which a flash brightens, and a bar that tells the time."""
+    x, y, ring, core = scene
+    noise = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
+    image = noise.point(lambda v: (195 if flashed else 85) + v // 8).convert("RGB")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
+    pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
+    pen.rectangle((0, NEEDLE_SIZE - 8, 8 * (frame + 1), NEEDLE_SIZE), (60, 60, 60))
+    return image
+
+
+def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> dict:
+    """The question for the colours that lie `relation` moments from the flash at `cue`."""
+    _, _, ring, core = scenes[cue + relation]
+    return {
+        "problem_id": name,
+        "data_source": "needle",
+        "path": f"{name}.avi",
+        "data_type": "video",
+        "problem_type": "exact",
+        "options": [],
+        "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
+        "solution": f"<answer>{ring} {core}</answer>",
+        "evidence": needle_evidence(cue, cue + relation, scenes),
+        "moments": [scene[2:] for scene in scenes],
+        "cue": cue,
+        "look": cue + relation,
+    }
+
+
+def needle_evidence(cue: int, look: int, scenes: list[tuple]) -> list[dict]:
+    """For a scripted teacher: what to say of the flash, the moment, the square."""
+    x, y, _, _ = scenes[look]
+    box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
+    flash = {"key_frames": moment_frames(cue)[:1], "moment": moment_frames(cue)}
+    shown = {"key_frames": moment_frames(look)[:1], "moment": moment_frames(look)}
+    return [
+        {
+            "cites": f"flash {moment_time(cue)}",
+            "error_type": "temporal",
+            "guidance": "the flash is here",
+            **flash,
+        },
+        {
+            "cites": f"look {moment_time(look)}",
+            "error_type": "misconception",
+            "guidance": "count from the flash",
+            **flash,
+        },
+        {"error_type": "spatial", "guidance": "look at the square", "region": box, **shown},
+    ]
+
+
+# --- the AVI writer ---
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
 
@@ -275,96 +638,6 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     strf = chunk(b"strf", pack("<3I2H4sI16x", 40, w, h, 1, 24, b"MJPG", w * h * 3))
     header = b"AVI " + chunk(b"LIST", b"hdrl" + avih + chunk(b"LIST", b"strl" + strh + strf))
     Path(path).write_bytes(chunk(b"RIFF", header + chunk(b"LIST", movie) + chunk(b"idx1", index)))
-
-
-# --- needle videos: one short moment answers the question ---
-COLOURS = {
-    "red": (215, 30, 30),
-    "green": (30, 160, 50),
-    "blue": (40, 60, 220),
-    "yellow": (240, 220, 40),
-    "cyan": (40, 210, 220),
-    "pink": (245, 110, 200),
-    "white": (250, 250, 250),
-    "black": (9, 9, 9),
-}
-RELATIONS = {
-    -2: "two moments before",
-    -1: "one moment before",
-    0: "during",
-    1: "one moment after",
-    2: "two moments after",
-}  # the flash
-MOMENTS, FRAMES_PER_MOMENT, NEEDLE_FPS, NEEDLE_SIZE = 8, 2, 2, 128
-
-
-def moment_frames(moment: int) -> list[int]:
-    return [moment * FRAMES_PER_MOMENT + k for k in range(FRAMES_PER_MOMENT)]
-
-
-def moment_time(moment: int) -> str:
-    """The time of a moment as the student's processor writes it: the mean of its frames' times."""
-    return f"<{sum(moment_frames(moment)) / FRAMES_PER_MOMENT / NEEDLE_FPS:.1f} seconds>"
-
-
-def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
-    """Write `n` needle videos and their records; returns the records' path. A moment shows a square
-    of two colours, one is flashed; asked are the colours of a moment relative to the flash."""
-    rng, root, margin, records = random.Random(seed), Path(folder), max(map(abs, relations)), []
-    root.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
-        look, name, frames = cue + relation, f"needle-{seed}-{i:05d}", []
-        scenes = [
-            (rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
-            for _ in range(MOMENTS)
-        ]  # left, top, ring, core
-        for moment, (x, y, ring, core) in enumerate(scenes):
-            for frame in moment_frames(moment):  # a square, over a bar that tells the time
-                grey = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
-                image = grey.point(lambda v: (195 if moment == cue else 85) + v // 8).convert("RGB")
-                pen = ImageDraw.Draw(image)
-                pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
-                pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
-                pen.rectangle((0, NEEDLE_SIZE - 8, 8 * (frame + 1), NEEDLE_SIZE), (60, 60, 60))
-                frames.append(image)
-        write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
-        x, y, ring, core = scenes[look]
-        box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
-        flash, shown = ({"key_frames": f[:1], "moment": f} for f in map(moment_frames, (cue, look)))
-        evidence = [  # for a scripted teacher
-            {
-                "cites": f"flash {moment_time(cue)}",
-                "error_type": "temporal",
-                "guidance": "the flash is here",
-                **flash,
-            },
-            {
-                "cites": f"look {moment_time(look)}",
-                "error_type": "misconception",
-                "guidance": "count from the flash",
-                **flash,
-            },
-            {"error_type": "spatial", "guidance": "look at the square", "region": box, **shown},
-        ]
-        records.append(
-            {
-                "problem_id": name,
-                "data_source": "needle",
-                "path": f"{name}.avi",
-                "data_type": "video",
-                "problem_type": "exact",
-                "options": [],
-                "problem": f"ring and core colour {RELATIONS[relation]} the flash ?",
-                "solution": f"<answer>{ring} {core}</answer>",
-                "evidence": evidence,
-                "moments": [scene[2:] for scene in scenes],
-                "cue": cue,
-                "look": look,
-            }
-        )
-    (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(root / "records.jsonl")
 
 
 # --- the records of a step, and the rows of a run, one JSON object a line ---
@@ -393,38 +666,6 @@ def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
 def add_rows(file: Path, rows: list[dict]) -> None:
     with open(file, "a", encoding="utf-8") as opened:
         opened.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-# --- `python data.py FILE`: what is wrong with a data set, before a run ---
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check data; FILE.skip.json lists what to skip.")
-    parser.add_argument("file", help="records, .json or .jsonl in Video-R1's format")
-    parser.add_argument("--video_root", default="", help="folder the records' paths start from")
-    parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")
-    c = parser.parse_args()
-    try:
-        sha, records = digest(c.file), read_records(c.file, c.video_root)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"data.py: {error}") from error
-    seen = look_at([*{s.path: 0 for s in records.values() if isinstance(s, Sample)}], c.num_frames)
-    facts = {i: seen[s.path] if isinstance(s, Sample) else s for i, s in records.items()}
-    wrong = {i: str(fact) for i, fact in facts.items() if isinstance(fact, DataError)}
-    fine = [s for i, s in records.items() if i not in wrong]
-    for name in ("problem_type", "source"):
-        counts = Counter(getattr(s, name) for s in fine).most_common()
-        print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
-    for name, values in zip(("frames", "seconds"), zip(*(seen[s.path] for s in fine))):
-        print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
-    twice = len(fine) - len({(s.path, s.question, *s.options) for s in fine})
-    print(f"  {'asked again':14}{twice} (same question about the same video)")
-    listed, found = Path(f"{c.file}.skip.json"), {"data": sha, "records": wrong}
-    listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(
-        *wrong.values(),
-        f"{len(fine)} of {len(records)} records are fine; {listed} lists the "
-        "others for train.py --skip",
-        sep="\n",
-    )
 
 
 if __name__ == "__main__":

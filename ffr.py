@@ -85,7 +85,7 @@ class Rollout:
 
 def open_question(student: Student, sample: Sample) -> Question:
     """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
-    video = Video(sample.path)
+    video = Video(sample.path, patience=student.config.decode_patience)
     indices = video.uniform(student.config.num_frames)
     frames = [fit(frame, student.config.frame_pixels) for frame in video.frames(indices)]
     question = Question(sample, video, indices, frames)

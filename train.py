@@ -34,14 +34,10 @@ from reward import accuracy, answers, describe, gate, summarize, summarize_run
 
 
 @dataclass
-class Config(teacher.Settings):
+class Config(teacher.Settings, data.Settings):
     """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
 
     model: Annotated[str, "student: folder or hub name of a video VLM; empty: tiny mode"] = ""
-    data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
-    video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
-    skip: Annotated[str, "list of records to leave out, as `python data.py` writes it (ours)"] = ""
-    eval_data: Annotated[str, "held-out records, for accuracy before and after (ours)"] = ""
     out: Annotated[str, "folder for metrics, summary, repairs and weights (ours)"] = "runs/ffr"
     seed: Annotated[int, "of everything random (ours)"] = 0
     resume: Annotated[bool, "go on with the run in --out, if there is one (ours)"] = False
@@ -81,8 +77,9 @@ class Config(teacher.Settings):
 
 
 GROUPS = {
+    "data": "the data",
     "teacher": "the teacher",
-    "model": "data and output",
+    "model": "student and output",
     "method": "the method",
     "precision": "the model",
     "num_frames": "what the student sees and may say",
@@ -107,9 +104,9 @@ HELLO = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
 HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
 # May differ when a run is resumed.
-FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "teacher_url"} | {
+FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"} | {
     f"teacher_{name}"
-    for name in "device batch workers timeout step_timeout model max_tokens cache".split()
+    for name in "url device batch workers timeout step_timeout model max_tokens cache".split()
 }
 
 
@@ -415,7 +412,8 @@ def main() -> None:
         samples = data.load_samples(c.data, c.video_root, c.skip)
         held_out = c.eval_data and data.load_samples(c.eval_data, c.video_root) or []
         if accelerator.is_main_process:
-            data.refuse_broken(samples + held_out, c.data)
+            data.refuse_broken(samples, c.data, c.skip, c.decode_patience)
+            data.refuse_broken(held_out, c.eval_data, patience=c.decode_patience)
         student = load_student(c, accelerator)
         teach = load_teacher(c, samples + held_out, accelerator.device)
         longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))

@@ -1,10 +1,15 @@
 """Records and their errors, real video files, and the needle videos' truth."""
 
 import json
+import os
+import pickle
 import struct
 import subprocess
 import sys
+from io import BufferedReader, BytesIO
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -67,7 +72,7 @@ def test_bad_files_are_named(tmp_path, clip):
 
 def test_text_file_named_mp4_does_not_open(tmp_path):
     (tmp_path / "fake.mp4").write_text("no video")
-    with pytest.raises(data.DataError, match="fake.mp4: not a video that decord opens"):
+    with pytest.raises(data.DataError, match="fake.mp4: no video file; replace it"):
         data.Video(str(tmp_path / "fake.mp4"))
 
 
@@ -162,3 +167,86 @@ def test_reference_is_read_as_people_write_it_and_other_fields_are_kept(clip, tm
     samples = data.load_samples(str(file))
     assert [sample.answer for sample in samples] == [*kinds.values()]
     assert [sample.record for sample in samples] == [{"subtitles": f"for {kind}"} for kind in kinds]
+
+
+class LateClock:
+    """decord's reader of a file whose first frame is not at 0."""
+
+    def __init__(self, path, num_threads=1, **options):
+        self.starts = np.array([5.0, 5.5, 6.25])
+
+    def __len__(self):
+        return len(self.starts)
+
+    def get_frame_timestamp(self, indices):
+        return np.stack([self.starts, self.starts + 0.5], 1)[list(indices)]
+
+    def get_avg_fps(self):
+        return 2.0
+
+    def get_key_indices(self):
+        return [0]
+
+
+def test_times_count_from_the_first_frame(tmp_path, monkeypatch):
+    path = tmp_path / "late.mp4"
+    path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0")
+    sent, answered = BytesIO(pickle.dumps((str(path), None, False, 9.0))), BytesIO()
+    monkeypatch.setattr(data.decord, "VideoReader", LateClock)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BufferedReader(sent)))
+    monkeypatch.setattr(
+        sys, "stdout", SimpleNamespace(buffer=answered, flush=lambda: answered.flush())
+    )
+    data.serve_decoder()
+    fault, (times, in_order, pixel_aspect) = pickle.loads(answered.getvalue())
+    assert (fault, times, in_order, pixel_aspect) == (None, [0.0, 0.5, 1.25], False, 1.0)
+
+
+@pytest.mark.parametrize("size", [(1920, 1080), (333, 777), (101, 99), (640, 3), (17, 16)])
+@pytest.mark.parametrize("budget", [5, 256, 1000, 100_353])
+def test_fit_never_exceeds_its_budget(size, budget):
+    width, height = data.fit(Image.new("RGB", size), budget).size
+    assert width * height <= max(budget, 1)
+    assert (width, height) == size or size[0] * size[1] > budget
+
+
+def test_fit_keeps_an_extreme_shape_within_its_budget():
+    assert data.fit(Image.new("RGB", (10_000, 1)), 100).size == (100, 1)
+    assert data.fit(Image.new("RGB", (1, 10_000)), 100).size == (1, 100)
+
+
+def test_paths_start_from_the_records_folder_or_from_video_root(tmp_path, clip, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "clips" / "a b").mkdir(parents=True)
+    nested = clip.rename(tmp_path / "clips" / "a b" / "v.avi")
+    monkeypatch.chdir(tmp_path)
+    for file, path, root in [
+        (tmp_path / "r.jsonl", "clips/a b/v.avi", ""),
+        (tmp_path / "r.jsonl", "./clips/a b/v.avi", ""),
+        (elsewhere / "r.jsonl", "a b/v.avi", str(tmp_path / "clips")),
+        (elsewhere / "r.jsonl", "./a b/v.avi", str(tmp_path / "clips") + "/"),
+        (elsewhere / "r.jsonl", "a b/v.avi", "clips"),  # from where the command runs
+        (elsewhere / "r.jsonl", "../clips/a b/v.avi", ""),
+        (elsewhere / "r.jsonl", str(nested), ""),
+        (elsewhere / "r.jsonl", str(nested), "no/such/folder"),  # a whole path needs no root
+    ]:
+        file.write_text(json.dumps(GOOD | {"path": path}))
+        (sample,) = data.load_samples(str(file), root)
+        assert os.path.samefile(sample.path, nested)
+    with pytest.raises(data.DataError, match="no video at .*; mend 'path' or give --video_root"):
+        (elsewhere / "r.jsonl").write_text(json.dumps(GOOD | {"path": "a b/v.avi"}))
+        data.load_samples(str(elsewhere / "r.jsonl"), str(tmp_path))
+
+
+def test_skip_list_leaves_out_its_numbers_and_holds_of_its_own_file_alone(tmp_path, clip):
+    three = [GOOD | {"problem_id": k} for k in range(3)]
+    file, copy = write(tmp_path, three), write(tmp_path, three, "copy.jsonl")
+    other = write(tmp_path, three[::-1], "other.jsonl")
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"data": data.digest(file), "records": {"2": "cut short"}}))
+    for same in (file, copy):  # its content counts, not its name
+        left = data.load_samples(same, skip=str(listed))
+        assert [sample.id for sample in left] == ["0", "2"]
+    with pytest.raises(data.DataError, match="list.json: lists another .*other.jsonl; run python"):
+        data.load_samples(other, skip=str(listed))
