@@ -92,7 +92,9 @@ def refuse_faults(found: list, path: str) -> None:
     faults = [fault for fault in found if isinstance(fault, DataError)]
     if faults:
         alike = sum(fault.cause == faults[0].cause for fault in faults)
-        advice = f"{alike} such, {len(faults)} in all; `python data.py {path}` lists them for --skip"
+        advice = (
+            f"{alike} such, {len(faults)} in all; `python data.py {path}` lists them for --skip"
+        )
         faults[0].args = (f"{faults[0]} ({advice})",)
         raise faults[0]
 
@@ -253,7 +255,7 @@ class Video:
         try:
             frames = self._read(list(indices))
         except DataError as fault:
-            if fault.cause == SLOW[0]:
+            if fault.cause in (SLOW[0], OVERCOUNTED[0]):
                 raise
             # decord can fail or hang on a batch of which each frame decodes; else this names one.
             frames = [self._read([index])[0] for index in indices]
@@ -282,6 +284,7 @@ REENCODE = "re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
 BROKEN = ("ended decord", ": a broken file; replace it")
 SLOW = ("too slow", f" to read; raise --decode_patience, or {REENCODE}")
 STUCK = ("decord waits for ever", ": a pipe, or a broken file; replace it")
+OVERCOUNTED = ("counts more frames than it shows", f"; {REENCODE}")
 ENDS = {3: SLOW, 4: STUCK}  # by the process's exit status
 CONTAINERS = {  # by a file's first bytes
     "MP4": rb".{4}(ftyp|moov|mdat|wide|free|skip)",
@@ -308,7 +311,7 @@ def serve_decoder() -> None:
         except DataError as error:
             fault = error.cause, error.remedy
         except decord.DECORDLimitReachedError:  # it would repeat a frame
-            fault = "counts more frames than it has", f"; {REENCODE}"
+            fault = OVERCOUNTED
         except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
             where = f" (frame {indices[0]})" if indices else ""
             fault = "frames do not decode", f"{where}; replace the file"
@@ -357,7 +360,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     if abs(times).max() > 1e6 or not (times[1:] > times[:-1]).all():
         raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
     shown = times[times >= 0]  # frames before 0 are decoded and hidden: a clip cut without encoding
-    in_order = len(shown) < len(times) or not seeks_right(path, reader.get_key_indices())
+    in_order = len(shown) < len(times) or not seeks_right(path, reader)
     width, height = 1, 1
     if pixel := re.search(PIXEL_ASPECT, header, re.DOTALL):
         width, height = (int.from_bytes(side, "big") for side in pixel.groups())
@@ -387,15 +390,23 @@ def open_reader(path: str) -> decord.VideoReader:
     return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
 
 
-def seeks_right(path: str, keys: list[int]) -> bool:
-    """Whether decord finds by seeking what comes there in order, tried at the first key frames. It
-    does not with open groups of pictures, as HEVC's encoders like to make them."""
-    places = [key for key in keys[1:5] if key <= 500]
+def seeks_right(path: str, reader: decord.VideoReader) -> bool:
+    """Whether decord finds by seeking what comes there in order, tried at the first key frames and,
+    of a short clip, the last frame. It does not with open groups of pictures, which HEVC likes."""
+    keys = reader.get_key_indices()
+    if len(keys) == len(reader):
+        return True  # each frame by itself
+    places = [place for place in (*keys[1:5], len(reader) - 1) if 0 < place <= 500]
+    if not places:
+        return True
     try:
-        in_order = read_frames(path, places, in_order=True) if places else []
-        by_seeking = read_frames(path, places, in_order=False) if places else []
+        in_order = read_frames(path, places, in_order=True)
     except (decord.DECORDError, RuntimeError):
         return True  # a damaged place: asked for, it is named
+    try:
+        by_seeking = read_frames(path, places, in_order=False)
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError):
+        return False
     return all((one == other).all() for one, other in zip(in_order, by_seeking))
 
 

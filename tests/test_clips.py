@@ -1,6 +1,9 @@
-"""Times of frames in real H.264 files, encoded here (extra: PyAV), against what was written."""
+"""Frames and times of real files, encoded here (extra: PyAV), against what ffmpeg's libraries show:
+each is right, or refused with the remedy."""
 
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,15 +26,22 @@ KINDS = {  # width, height, rate, frames, seconds after each frame (None: 1 / ra
 }
 
 
-def encode(path, width, height, rate, frames, gaps):
+FAST = {"crf": "12", "preset": "ultrafast", "g": "48"}
+
+
+def encode(
+    path, width, height, rate, frames, gaps, codec="h264", options=FAST, pixels=None, **more
+):
     """Write a clip whose frames carry their index as 16 blocks of black and white; returns the
-    seconds at which each was put."""
-    pixels = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"
+    seconds at which each was put. `more`: format, the muxer's options, pixels' aspect."""
+    pixels = pixels or ("yuv420p" if width % 2 == height % 2 == 0 else "yuv444p")
     times, clock, tick = [], Fraction(0), 1 / rate
-    with av.open(path, "w") as file:
-        stream = file.add_stream("h264", rate=rate)
+    with av.open(path, "w", format=more.get("format"), options=more.get("muxer", {})) as file:
+        stream = file.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.options = {"crf": "12", "preset": "ultrafast", "g": "48"}
+        stream.options = options
+        if "aspect" in more:
+            stream.codec_context.sample_aspect_ratio = more["aspect"]
         stream.codec_context.time_base = stream.time_base = tick
         for k in range(frames):
             bits = np.array([255 * (k >> b & 1) for b in range(16)], np.uint8).reshape(4, 4)
@@ -80,3 +90,178 @@ def test_student_is_told_the_same_times_as_the_patch_at_a_variable_frame_rate(
     patch = ffr.EvidencePatch("temporal", key_frames=[question.indices[5]])
     label = ffr.render_patch(patch, question.video, question.spacing)[1]["text"]
     assert f"<{times[question.indices[5]]:.1f} seconds>" in label
+
+
+def cut(source, path, start, end=1e9):
+    """Copy packets without encoding, as `ffmpeg -ss START -to END -i SOURCE -c copy PATH` does."""
+    with av.open(source) as old, av.open(path, "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        base = round(start / stream.time_base)
+        old.seek(base, stream=stream, backward=True)
+        for packet in old.demux(stream):
+            if packet.dts is None or packet.pts * stream.time_base >= end:
+                continue
+            packet.pts, packet.dts, packet.stream = packet.pts - base, packet.dts - base, copy
+            new.mux(packet)
+
+
+def shorten(path, share):
+    """Let an MP4's edit list end at a share of the clip: a phone's trim hides the rest so."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12
+    length = int.from_bytes(content[at : at + 4], "big")
+    content[at : at + 4] = round(share * length).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def overcount(source, path):
+    """Add packets that hold no picture after the last one."""
+    with av.open(source) as old, av.open(path, "w") as new:
+        stream = old.streams.video[0]
+        copy, last = new.add_stream_from_template(stream), None
+        for packet in old.demux(stream):
+            if packet.dts is not None:
+                packet.stream, last = copy, (packet.pts, packet.duration)
+                new.mux(packet)
+        for k in range(1, 11):
+            packet = av.Packet(bytes.fromhex("000001b6400000"))
+            packet.stream, packet.time_base = copy, stream.time_base
+            packet.pts = packet.dts = last[0] + k * last[1]
+            new.mux(packet)
+
+
+B = {"bf": "2", "g": "15"}  # frames that are not in the order of decoding
+OPEN_264 = {"crf": "12", "x264-params": "open-gop=1:keyint=48:bframes=3:scenecut=0"}
+OPEN_265 = {"preset": "veryfast", "x265-params": "keyint=48:log-level=none:scenecut=0"}
+TIMES, TS = "times do not rise; re-encode it: ffmpeg", "transport stream: .* re-encode it: ffmpeg"
+CLIPS = {  # file: its encoding, and what is said of it where it is refused
+    "closed.mkv": ({}, None),
+    "flash.flv": ({}, None),
+    "fragmented.mp4": ({"muxer": {"movflags": "frag_keyframe+empty_moov"}}, None),
+    "ten-bit.mp4": ({"pixels": "yuv420p10le"}, None),
+    "open.mp4": ({"options": OPEN_264}, None),
+    "open.mkv": ({"options": OPEN_264}, None),
+    "hevc.mp4": ({"codec": "libx265", "options": OPEN_265}, None),
+    "hevc.mkv": ({"codec": "libx265", "options": OPEN_265}, None),
+    "mpeg4.mp4": ({"codec": "mpeg4", "options": B}, None),
+    "mpeg2.mp4": ({"codec": "mpeg2video", "options": B}, None),
+    "windows.wmv": ({"codec": "wmv2", "options": {}, "format": "asf"}, None),
+    "vp8.webm": ({"codec": "libvpx", "options": {"crf": "10", "b": "2M", "cpu-used": "8"}}, None),
+    "vp9.webm": (
+        {"codec": "libvpx-vp9", "options": {"crf": "20", "b": "0", "cpu-used": "8"}},
+        None,
+    ),
+    "prores.mov": ({"codec": "prores_ks", "options": {}, "pixels": "yuv422p10le"}, None),
+    "motion.avi": ({"codec": "mjpeg", "options": {}, "pixels": "yuvj420p"}, None),
+    "divx.avi": ({"codec": "mpeg4", "options": {"g": "15"}}, None),
+    "xvid.avi": ({"codec": "mpeg4", "options": B}, TIMES),
+    "h264.avi": ({}, TIMES),
+    "dvd.mpg": ({"codec": "mpeg2video", "options": B, "format": "mpeg"}, TIMES),
+    "h264.ts": ({"format": "mpegts"}, TS),
+    "camera.m2ts": ({"format": "mpegts", "muxer": {"mpegts_m2ts_mode": "1"}}, TS),
+    "av1.mp4": ({"codec": "libsvtav1", "options": {"preset": "10"}}, "codec av01: .* decord2 .*"),
+    "av1.webm": ({"codec": "libsvtav1", "options": {"preset": "10"}}, "codec V_AV1: .*ffmpeg -i"),
+}
+
+
+def shown_by_ffmpeg(path):
+    """Index and seconds of each frame that ffmpeg's libraries show, from the first."""
+    with av.open(str(path)) as file:
+        frames = [
+            (index_of(frame.to_image()), float(frame.pts * frame.time_base))
+            for frame in file.decode(video=0)
+        ]
+    return [index for index, _ in frames], [seconds - frames[0][1] for _, seconds in frames]
+
+
+def is_right(path):
+    """In one batch, and one by one in another order; its number of frames."""
+    indices, times = shown_by_ffmpeg(path)
+    video = data.Video(str(path))
+    assert len(video) == len(indices)
+    places = video.uniform(16)
+    for shown in (video.frames(places), [video.frame(k) for k in places[::-1]][::-1]):
+        assert [index_of(image) for image in shown] == [indices[k] for k in places]
+    assert [video.seconds(k) for k in places] == pytest.approx([times[k] for k in places], abs=1e-3)
+    return len(indices)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip_is_shown_as_a_player_does_or_refused(name, tmp_path):
+    how, refusal = CLIPS[name]
+    encode(str(tmp_path / name), 128, 96, Fraction(25), 200, None, **how)
+    if refusal is None:
+        assert is_right(tmp_path / name) == 200
+    else:
+        with pytest.raises(data.DataError, match=f"{name}: .*{refusal}"):
+            data.Video(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+@pytest.mark.parametrize("start, end", [(6.0, 1e9), (6.0, 12.0), (0.0, 5.0), (9.98, 15.02)])
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_clip_cut_without_encoding_is_shown_from_its_cut(start, end, b_frames, ending, tmp_path):
+    source, path = str(tmp_path / "long.mp4"), tmp_path / f"cut.{ending}"
+    options = {"g": "250", "bf": b_frames, "preset": "veryfast", "crf": "12", "sc_threshold": "0"}
+    encode(source, 128, 96, Fraction(25), 500, None, options=options)
+    cut(source, str(path), start, end)
+    assert is_right(path) > 100
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5])
+def test_short_clip_is_shown_whole(frames, tmp_path):
+    encode(str(tmp_path / "short.mp4"), 128, 96, Fraction(25), frames, None)
+    assert is_right(tmp_path / "short.mp4") == frames
+
+
+def test_clip_that_counts_hidden_or_empty_frames_is_refused(tmp_path):
+    said = "counts more frames than it shows; re-encode it"
+    encode(str(tmp_path / "trimmed.mp4"), 128, 96, Fraction(25), 200, None, options={"g": "48"})
+    shorten(tmp_path / "trimmed.mp4", 0.5)
+    encode(str(tmp_path / "mpeg4.mp4"), 128, 96, Fraction(25), 60, None, "mpeg4", {"g": "12"})
+    overcount(str(tmp_path / "mpeg4.mp4"), str(tmp_path / "empty.mp4"))
+    for name in ("trimmed.mp4", "empty.mp4"):
+        with pytest.raises(data.DataError, match=said):
+            data.Video(str(tmp_path / name))
+
+
+def test_pixels_are_made_square(tmp_path):
+    path = str(tmp_path / "wide.mp4")
+    encode(path, 120, 90, Fraction(25), 30, None, aspect=Fraction(4, 3))
+    video = data.Video(path)
+    assert video.frame(5).size == (160, 90) and index_of(video.frame(5)) == 5
+
+
+def test_phones_rotation_is_applied(tmp_path):
+    path = tmp_path / "phone.mp4"
+    encode(str(path), 96, 64, Fraction(25), 40, None)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44  # the matrix: a quarter turn
+    turn = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
+    content[at : at + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
+    path.write_bytes(content)
+    video = data.Video(str(path))
+    for k in (1, 17, 39):
+        assert video.frame(k).size == (64, 96)
+        assert index_of(video.frame(k).rotate(90, expand=True)) == k
+
+
+def test_decoder_holds_little_memory_after_a_read(tmp_path):
+    """1080p, 40 s: decord itself goes on decoding into memory, gigabytes of it."""
+    path = str(tmp_path / "large.mp4")
+    encode(path, 1920, 1080, Fraction(30), 1200, None)
+    decoders = [data.Decoder() for _ in range(8)]
+    for decoder in decoders:
+        video = data.Video(path, decoder)
+        video.frames(video.uniform(16))
+        decoder(path, [600])
+    time.sleep(10)
+    held = [resident(decoder.child.pid) for decoder in decoders]
+    assert max(held) < 400 and sum(held) < 1000, held
+
+
+def resident(process):
+    """Its megabytes of memory."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
