@@ -6,6 +6,8 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
+import time
 from io import BufferedReader, BytesIO
 from types import SimpleNamespace
 
@@ -169,37 +171,128 @@ def test_reference_is_read_as_people_write_it_and_other_fields_are_kept(clip, tm
     assert [sample.record for sample in samples] == [{"subtitles": f"for {kind}"} for kind in kinds]
 
 
-class LateClock:
-    """decord's reader of a file whose first frame is not at 0."""
+class Reader:
+    """decord's reader of a clip: `starts` of the frames that it counts, `hidden` ones of them at the
+    beginning; by seeking it is `off` by some frames."""
 
-    def __init__(self, path, num_threads=1, **options):
-        self.starts = np.array([5.0, 5.5, 6.25])
+    starts, keys, off = [0.0, 0.5, 1.0, 1.5], [0, 2], 0
+
+    def __init__(self, path, num_threads, fault_tol):
+        assert (num_threads, fault_tol > 0) == (1, True)
+        self.at = 0
 
     def __len__(self):
         return len(self.starts)
 
     def get_frame_timestamp(self, indices):
-        return np.stack([self.starts, self.starts + 0.5], 1)[list(indices)]
-
-    def get_avg_fps(self):
-        return 2.0
+        return np.array([[self.starts[k], self.starts[k] + 0.5] for k in indices])
 
     def get_key_indices(self):
-        return [0]
+        return self.keys
+
+    def get_batch(self, indices):
+        frames = np.array([np.full((2, 2, 3), k + self.off, np.uint8) for k in indices])
+        return SimpleNamespace(asnumpy=lambda: frames)
+
+    def next(self):
+        if self.at == sum(start >= 0 for start in self.starts):
+            raise data.decord.DECORDLimitReachedError("repeats")
+        self.at += 1
+        return SimpleNamespace(asnumpy=lambda: np.full((2, 2, 3), self.at - 1, np.uint8))
 
 
-def test_times_count_from_the_first_frame(tmp_path, monkeypatch):
-    path = tmp_path / "late.mp4"
-    path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0")
-    sent, answered = BytesIO(pickle.dumps((str(path), None, False, 9.0))), BytesIO()
-    monkeypatch.setattr(data.decord, "VideoReader", LateClock)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BufferedReader(sent)))
-    monkeypatch.setattr(
-        sys, "stdout", SimpleNamespace(buffer=answered, flush=lambda: answered.flush())
-    )
-    data.serve_decoder()
-    fault, (times, in_order, pixel_aspect) = pickle.loads(answered.getvalue())
-    assert (fault, times, in_order, pixel_aspect) == (None, [0.0, 0.5, 1.25], False, 1.0)
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """What the decoder's process answers of a clip that `Reader` reads with these attributes."""
+
+    def answer(indices=None, in_order=False, **attributes):
+        path = tmp_path / "clip.mp4"
+        path.write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0")
+        request = pickle.dumps((str(path), indices, in_order, 9.0))
+        given = SimpleNamespace(buffer=BufferedReader(BytesIO(request)))
+        answered = SimpleNamespace(buffer=BytesIO(), flush=lambda: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(data.decord, "VideoReader", type("Its", (Reader,), attributes))
+            patch.setattr(sys, "stdin", given)
+            patch.setattr(sys, "stdout", answered)
+            data.serve_decoder()
+        return pickle.loads(answered.buffer.getvalue())
+
+    return answer
+
+
+def test_times_count_from_the_first_frame(ask):
+    assert ask(starts=[5.0, 5.5, 6.25], keys=[0]) == (None, ([0.0, 0.5, 1.25], False, 1.0))
+
+
+def test_hidden_frames_are_left_out_and_the_others_read_in_order(ask):
+    cut = {"starts": [-1.0, -0.5, 0.0, 0.5, 1.0]}
+    assert ask(**cut) == (None, ([0.0, 0.5, 1.0], True, 1.0))
+    _, frames = ask([2, 0], in_order=True, **cut)
+    assert [frame[0, 0, 0] for frame in frames] == [2, 0]
+    (cause, _), _ = ask([3], in_order=True, **cut)
+    assert cause == "counts more frames than it shows"
+
+
+def test_clip_is_read_in_order_where_seeking_finds_other_frames(ask):
+    assert ask(off=0)[1][1] is False
+    assert ask(off=2)[1][1] is True
+    assert ask(off=2, keys=[0, 1, 2, 3])[1][1] is False  # key frames all: nothing to get wrong
+
+
+@pytest.mark.parametrize(
+    "starts", [[0.0, 0.5, 0.5, 1.0], [-3e17, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1e14]]
+)
+def test_clock_that_does_not_rise_is_refused_with_the_remedy(ask, starts):
+    (cause, remedy), found = ask(starts=starts)
+    assert found is None and "times do not rise" in cause
+    assert remedy == "; re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+
+
+def busy():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("work, status", [(busy, 3), (lambda: time.sleep(60), 4)])
+def test_decoder_ends_by_its_own_work_or_by_waiting(work, status):
+    process = os.fork()
+    if process == 0:
+        threading.Thread(target=data.end_if_stuck, args=(threading.Event(), 1.0, 0.1)).start()
+        work()
+    began = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status
+    assert time.monotonic() - began >= 0.9
+
+
+def test_video_at_fault_is_asked_frame_by_frame_and_a_slow_one_is_not():
+    asked = []
+
+    def decoder(path, indices=None, **more):
+        asked.append(indices)
+        if indices is None:
+            return [0.0, 0.5, 1.0], False, 1.0
+        if len(indices) > 1:
+            raise data.DataError(path, cause, "")
+        return [np.full((2, 2, 3), indices[0], np.uint8)]
+
+    cause = data.STUCK[0]
+    images = data.Video("v", decoder).frames([2, 0])
+    assert [image.getpixel((0, 0))[0] for image in images] == [2, 0]
+    for cause in (data.SLOW[0], data.OVERCOUNTED[0]):
+        asked.clear()
+        with pytest.raises(data.DataError, match=cause):
+            data.Video("v", decoder).frames([2, 0])
+        assert asked == [None, [2, 0]]
+
+
+def test_native_frames_are_kept_for_all_videos_together(clip):
+    videos = [data.Video(str(clip)) for _ in range(5)]
+    for video in videos:
+        for index in range(12):
+            video.frame(index)
+    assert data.Video.frame.cache_info().currsize == 32
+    assert videos[-1].frame(11) is videos[-1].frame(11)
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (333, 777), (101, 99), (640, 3), (17, 16)])
@@ -250,3 +343,73 @@ def test_skip_list_leaves_out_its_numbers_and_holds_of_its_own_file_alone(tmp_pa
         assert [sample.id for sample in left] == ["0", "2"]
     with pytest.raises(data.DataError, match="list.json: lists another .*other.jsonl; run python"):
         data.load_samples(other, skip=str(listed))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff" + json.dumps(GOOD) + "\r\n" + json.dumps(GOOD | {"problem_id": 2}) + "\r\n",
+        "\ufeff" + json.dumps([GOOD, GOOD | {"problem_id": 2}], indent=1),
+        json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | {"problem_id": 2}),
+    ],
+)
+def test_lines_or_a_list_are_read_whatever_the_files_name(tmp_path, clip, content):
+    for name in ("r.json", "r.jsonl"):
+        (tmp_path / name).write_bytes(content.encode())
+        assert [s.id for s in data.load_samples(str(tmp_path / name))] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'{"problem": "caf\xe9"}', "record 1: not UTF-8 .*; save the file as UTF-8"),
+        ("[{}]".encode("utf-16"), "record 1: not UTF-8 .*; save the file as UTF-8"),
+        (b"[" + b"9" * 5000 + b"]", "r.json: not valid JSON .*5000 digits.*mend that place"),
+        (b'{"problem": ' + b"9" * 5000 + b"}", "record 1: not valid JSON .*mend that place"),
+        (b"[" * 200_000, "r.json: not valid JSON .*mend that place"),
+        (b"\xef\xbb\xbf", "holds no records; give a list of them"),
+    ],
+)
+def test_odd_file_costs_one_sentence(tmp_path, content, said):
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(data.DataError, match=said):
+        data.load_samples(str(tmp_path / "r.json"))
+
+
+def test_images_are_counted_in_one_line(tmp_path, clip, capsys):
+    """Half of Video-R1's file."""
+    images = [GOOD | {"problem_id": k, "data_type": "image"} for k in range(2, 42)]
+    file = write(tmp_path, [GOOD, *images, GOOD | {"problem_id": 99, "solution": "3"}])
+    with pytest.raises(data.DataError, match="data_type .* but 'image'; .* .40 such, 41 in all; "):
+        data.load_samples(file)
+    data.check(file, "", 4, 60.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "not fine" in line] == ["40", "1"]
+    assert "1 of 42 records are fine" in lines[-2]
+    listed = json.loads((tmp_path / "r.jsonl.skip.json").read_text())
+    assert len(listed["records"]) == 41 and list(listed["videos"]) == [str(clip)]
+
+
+def test_videos_that_the_check_has_opened_are_trusted_until_they_change(
+    tmp_path, clip, monkeypatch
+):
+    file = write(tmp_path, [GOOD])
+    samples = data.load_samples(file)
+    opened, look_at = [], data.look_at
+    monkeypatch.setattr(data, "look_at", lambda p, *a, **k: opened.append(p) or look_at(p, *a, **k))
+    data.refuse_broken(samples, file)
+    data.check(file, "", 4, 60.0)
+    data.refuse_broken(samples, file)
+    data.refuse_broken(samples, "other", f"{file}.skip.json")  # as --skip names it
+    os.utime(clip, (1, 1))
+    data.refuse_broken(samples, file)
+    assert [len(paths) for paths in opened] == [1, 1, 0, 0, 1]
+
+
+def test_many_videos_are_to_be_checked_before_a_run(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(data, "MANY", 0)
+    file = write(tmp_path, [GOOD])
+    with pytest.raises(data.DataError, match="1 videos were not opened before; run .python data"):
+        data.refuse_broken(data.load_samples(file), file)
+    data.check(file, "", 4, 60.0)
+    data.refuse_broken(data.load_samples(file), file)
