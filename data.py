@@ -81,8 +81,10 @@ def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample
     `path` (default: the data file's own folder); `skip` is the list that `python data.py` wrote.
     Raises `DataError` for the first bad record, naming it, the field and the remedy."""
     left_out = read_skip_list(skip, path) if skip else {}
-    found = read_records(path, video_root)
-    samples = [sample for number, sample in found.items() if str(number) not in left_out]
+    samples = []
+    for number, sample in read_records(path, video_root).items():
+        if str(number) not in left_out:
+            samples.append(sample)
     refuse_faults(samples, path)
     return samples
 
@@ -120,7 +122,7 @@ def digest(path: str) -> str:
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
     """By every record's number, from 1, its sample or what is wrong with it."""
-    digest(path)
+    digest(path)  # or say that there is no such file
     content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
     if content.startswith(b"["):
         records = parse_json(content, path)
@@ -129,13 +131,14 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
     if not records:
         raise DataError(path, "holds no records", "; give a list of them")
 
+    root = Path(video_root or Path(path).parent)
     found, first = {}, {}
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"
         try:
             if isinstance(record, bytes):
                 record = parse_json(record, where)
-            sample = read_record(record, where, Path(video_root or Path(path).parent))
+            sample = read_record(record, where, root)
             other = first.setdefault(sample.id, number)
             if other != number:
                 raise DataError(where, "problem_id of", f" record {other}; drop one")
@@ -247,8 +250,10 @@ class Video:
 
     def uniform(self, num_frames: int) -> list[int]:
         """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""
-        steps = min(num_frames, len(self))
-        return [round(k * (len(self) - 1) / max(steps - 1, 1)) for k in range(steps)]
+        count, last = min(num_frames, len(self)), len(self) - 1
+        if count == 1:
+            return [0]
+        return [round(k * last / (count - 1)) for k in range(count)]
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
         """These frames at native size, their pixels made square."""
@@ -259,9 +264,11 @@ class Video:
                 raise
             # decord can fail or hang on a batch of which each frame decodes; else this names one.
             frames = [self._read([index])[0] for index in indices]
-        images = [Image.fromarray(frame) for frame in frames]
-        if self.pixel_aspect != 1:
-            images = [i.resize((round(i.width * self.pixel_aspect), i.height)) for i in images]
+        images = []
+        for frame in frames:
+            image = Image.fromarray(frame)
+            width = round(image.width * self.pixel_aspect)
+            images.append(image.resize((width, image.height)) if width != image.width else image)
         return images
 
     @lru_cache(32)  # of all videos together: a frame takes megabytes, and tools look at it again
@@ -337,14 +344,17 @@ def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
 def open_clip(path: str) -> tuple[list[float], bool, float]:
     """Seconds of each frame, whether they must be read in order, and the pixels' width : height."""
     header = read_header(path)
-    known = [name for name, magic in CONTAINERS.items() if re.match(magic, header, re.DOTALL)]
-    container = known[0] if known else None
+    container = None
+    for name, magic in CONTAINERS.items():
+        if re.match(magic, header, re.DOTALL):
+            container = name
     if container is None:
         raise DataError(path, "no video file" if header else "an empty file", "; replace it")
     if container == "MPEG transport stream":
         raise DataError(path, f"{container}: decord takes wrong frames of it", f"; {REENCODE}")
-    if container == "AVI" and int.from_bytes(header[4:8], "little") + 8 > os.path.getsize(path):
-        raise DataError(path, "an AVI that is cut short", "; replace the file")  # decord opens it
+    said_size = int.from_bytes(header[4:8], "little") + 8
+    if container == "AVI" and said_size > os.path.getsize(path):  # decord opens what is left
+        raise DataError(path, "an AVI that is cut short", "; replace the file")
 
     try:
         reader = open_reader(path)
@@ -357,14 +367,12 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
         raise DataError(path, f"{container}, codec {name}: cut short or broken", "; replace it")
 
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
-    if abs(times).max() > 1e6 or not (times[1:] > times[:-1]).all():
+    rising = (times[1:] > times[:-1]).all()
+    if not rising or abs(times).max() > 1e6:
         raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
     shown = times[times >= 0]  # frames before 0 are decoded and hidden: a clip cut without encoding
     in_order = len(shown) < len(times) or not seeks_right(path, reader)
-    width, height = 1, 1
-    if pixel := re.search(PIXEL_ASPECT, header, re.DOTALL):
-        width, height = (int.from_bytes(side, "big") for side in pixel.groups())
-    return (shown - shown[:1]).tolist(), in_order, width / height if width and height else 1.0
+    return (shown - shown[:1]).tolist(), in_order, pixel_aspect(header)
 
 
 def read_header(path: str, size: int = 2**16) -> bytes:
@@ -384,6 +392,15 @@ def read_header(path: str, size: int = 2**16) -> bytes:
     return header
 
 
+def pixel_aspect(header: bytes) -> float:
+    """A pixel's width over its height, 1 where the file does not tell."""
+    pixel = re.search(PIXEL_ASPECT, header, re.DOTALL)
+    if not pixel:
+        return 1.0
+    width, height = (int.from_bytes(side, "big") for side in pixel.groups())
+    return width / height if width and height else 1.0
+
+
 def open_reader(path: str) -> decord.VideoReader:
     """A reader for one request alone: while idle it decodes ahead into memory, and what it finds
     depends on what it has read. It fails where it would repeat a frame for a missing one."""
@@ -396,7 +413,8 @@ def seeks_right(path: str, reader: decord.VideoReader) -> bool:
     keys = reader.get_key_indices()
     if len(keys) == len(reader):
         return True  # each frame by itself
-    places = [place for place in (*keys[1:5], len(reader) - 1) if 0 < place <= 500]
+    last = len(reader) - 1
+    places = [place for place in (*keys[1:5], last) if place <= 500]
     if not places:
         return True
     try:
@@ -426,8 +444,10 @@ def read_frames(path: str, indices: list[int], in_order: bool):
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
     """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
-    own = getattr(os, "sched_getaffinity", None)  # the job's, where the machine has more
-    decoders = [Decoder() for _ in (own(0) if own else range(os.cpu_count() or 1))]
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # the job may have fewer than the machine
+        cpus = len(os.sched_getaffinity(0))
+    decoders = [Decoder() for _ in range(cpus)]
 
     def look(path: str) -> tuple | DataError:
         decoder = decoders.pop()
@@ -440,7 +460,7 @@ def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> di
         finally:
             decoders.append(decoder)
 
-    with ThreadPoolExecutor(len(decoders)) as pool:
+    with ThreadPoolExecutor(cpus) as pool:
         looks = pool.map(look, paths)
         return dict(zip(paths, tqdm(looks, "videos", len(paths), leave=False)))
 
@@ -459,19 +479,23 @@ def refuse_broken(samples: list[Sample], file: str, skip: str = "", patience: fl
         seen = dict(listed["videos"])
     except (OSError, ValueError, LookupError, TypeError):
         seen = {}
-    paths = {sample.path: None for sample in samples}
-    paths = [path for path in paths if seen.get(os.path.abspath(path)) != stamp(path)]
-    if len(paths) > MANY:
+    unseen = []
+    for path in {sample.path: None for sample in samples}:
+        if seen.get(os.path.abspath(path)) != stamp(path):
+            unseen.append(path)
+    if len(unseen) > MANY:
         advice = f"; run `python data.py {file}` first, then train with --skip {file}.skip.json"
-        raise DataError(file, f"{len(paths)} videos were not opened before", advice)
-    refuse_faults([*look_at(paths, patience=patience).values()], file)
+        raise DataError(file, f"{len(unseen)} videos were not opened before", advice)
+    facts = look_at(unseen, patience=patience)
+    refuse_faults(list(facts.values()), file)
 
 
 def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     """Read every record, open every video; write FILE.skip.json and print a table."""
     sha, records = digest(file), read_records(file, video_root)
-    paths = {sample.path: None for sample in records.values() if isinstance(sample, Sample)}
-    seen = look_at([*paths], num_frames, patience)
+    samples = [sample for sample in records.values() if isinstance(sample, Sample)]
+    paths = list({sample.path: None for sample in samples})
+    seen = look_at(paths, num_frames, patience)
     faults, fine = {}, []
     for number, sample in records.items():
         fact = sample if isinstance(sample, DataError) else seen[sample.path]
@@ -489,9 +513,10 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     listed = Path(f"{file}.skip.json")
     listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     print_table(fine, [seen[sample.path] for sample in fine])
-    for cause, count in Counter(fault.cause for fault in faults.values()).most_common():
-        example = next(fault for fault in faults.values() if fault.cause == cause)
-        print(f"  {f'{count} not fine':14}{example}")
+    examples = {fault.cause: fault for fault in reversed(faults.values())}
+    counts = Counter(fault.cause for fault in faults.values())
+    for cause, count in counts.most_common():
+        print(f"  {f'{count} not fine':14}{examples[cause]}")
     print(f"{len(fine)} of {len(records)} records are fine; {listed} lists all others")
     print(f"for `train.py --data {file} --skip {listed}`, which will not open these videos again")
 
@@ -555,32 +580,39 @@ def moment_time(moment: int) -> str:
 def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
     """Write `n` needle videos and their records; returns the records' path. A moment shows a square
     of two colours, one is flashed; asked are the colours of a moment relative to the flash."""
-    rng, root, margin = random.Random(seed), Path(folder), max(map(abs, relations))
+    rng, root = random.Random(seed), Path(folder)
+    margin = max(abs(relation) for relation in relations)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "records.jsonl", "w") as file:
         for i in range(n):
             name = f"needle-{seed}-{i:05d}"
-            cue, relation = rng.randrange(margin, MOMENTS - margin), rng.choice(relations)
-            scenes = [
-                (rng.randrange(4, 60), rng.randrange(4, 48), *rng.choices(list(COLOURS), k=2))
-                for _ in range(MOMENTS)
-            ]  # left, top, ring, core
-            frames = [
-                draw_scene(rng, scene, frame, flashed=moment == cue)
-                for moment, scene in enumerate(scenes)
-                for frame in moment_frames(moment)
-            ]
+            cue = rng.randrange(margin, MOMENTS - margin)
+            relation = rng.choice(relations)
+            scenes = [draw_scene(rng) for _ in range(MOMENTS)]
+            frames = []
+            for moment, scene in enumerate(scenes):
+                for frame in moment_frames(moment):
+                    frames.append(paint_frame(rng, scene, frame, flashed=moment == cue))
             write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
             record = needle_record(name, cue, relation, scenes)
             file.write(json.dumps(record) + "\n")
     return str(root / "records.jsonl")
 
 
-def draw_scene(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> Image.Image:
-    """A square in its ring over noise, which a flash brightens, and a bar that tells the time."""
+def draw_scene(rng: random.Random) -> tuple[int, int, str, str]:
+    """What a moment shows: where its square is (left, top), the colours of its ring and core."""
+    left, top = rng.randrange(4, 60), rng.randrange(4, 48)
+    ring, core = rng.choices(list(COLOURS), k=2)
+    return left, top, ring, core
+
+
+def paint_frame(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> Image.Image:
+    """The square over noise, which a flash brightens, and a bar that tells the time."""
     x, y, ring, core = scene
-    noise = Image.frombytes("L", (16, 16), rng.randbytes(256)).resize((NEEDLE_SIZE,) * 2)
-    image = noise.point(lambda v: (195 if flashed else 85) + v // 8).convert("RGB")
+    brightness = 195 if flashed else 85
+    noise = Image.frombytes("L", (16, 16), rng.randbytes(256))
+    noise = noise.resize((NEEDLE_SIZE, NEEDLE_SIZE))
+    image = noise.point(lambda value: brightness + value // 8).convert("RGB")
     pen = ImageDraw.Draw(image)
     pen.rectangle((x, y, x + 64, y + 64), COLOURS[ring])
     pen.rectangle((x + 16, y + 16, x + 48, y + 48), COLOURS[core])
@@ -610,7 +642,8 @@ def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> di
 def needle_evidence(cue: int, look: int, scenes: list[tuple]) -> list[dict]:
     """For a scripted teacher: what to say of the flash, the moment, the square."""
     x, y, _, _ = scenes[look]
-    box = [round(v / NEEDLE_SIZE, 2) for v in (x - 4, y - 4, x + 68, y + 68)]
+    corners = (x - 4, y - 4, x + 68, y + 68)
+    box = [round(corner / NEEDLE_SIZE, 2) for corner in corners]
     flash = {"key_frames": moment_frames(cue)[:1], "moment": moment_frames(cue)}
     shown = {"key_frames": moment_frames(look)[:1], "moment": moment_frames(look)}
     return [
@@ -637,30 +670,39 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     def chunk(name: bytes, body: bytes) -> bytes:
         return name + pack("<I", len(body)) + body
 
-    (w, h), n, most, movie, index = frames[0].size, len(frames), 0, b"movi", b""
+    movie, index, largest = b"movi", b"", 0
     for frame in frames:
-        frame.convert("RGB").save(file := BytesIO(), "JPEG", quality=92)
-        jpeg = file.getvalue() + b"\0" * (file.tell() % 2)
-        most = max(most, len(jpeg))
+        file = BytesIO()
+        frame.convert("RGB").save(file, "JPEG", quality=92)
+        jpeg = file.getvalue() + b"\0" * (file.tell() % 2)  # of even length
         index += pack("<4sIII", b"00dc", 0x10, len(movie), len(jpeg))
         movie += chunk(b"00dc", jpeg)
-    avih = chunk(b"avih", pack("<10I16x", 10**6 // fps, 0, 0, 0x10, n, 0, 1, most, w, h))
-    strh = chunk(b"strh", pack("<8s12x6I8x2H", b"vidsMJPG", 1, fps, 0, n, most, 2**32 - 1, w, h))
-    strf = chunk(b"strf", pack("<3I2H4sI16x", 40, w, h, 1, 24, b"MJPG", w * h * 3))
-    header = b"AVI " + chunk(b"LIST", b"hdrl" + avih + chunk(b"LIST", b"strl" + strh + strf))
-    Path(path).write_bytes(chunk(b"RIFF", header + chunk(b"LIST", movie) + chunk(b"idx1", index)))
+        largest = max(largest, len(jpeg))
+
+    count, (width, height) = len(frames), frames[0].size
+    times = (10**6 // fps, 0, 0, 0x10, count, 0, 1, largest, width, height)
+    main_header = chunk(b"avih", pack("<10I16x", *times))
+    rates = (1, fps, 0, count, largest, 2**32 - 1, width, height)
+    stream_header = chunk(b"strh", pack("<8s12x6I8x2H", b"vidsMJPG", *rates))
+    picture = (40, width, height, 1, 24, b"MJPG", width * height * 3)
+    stream_format = chunk(b"strf", pack("<3I2H4sI16x", *picture))
+    stream = chunk(b"LIST", b"strl" + stream_header + stream_format)
+    header = chunk(b"LIST", b"hdrl" + main_header + stream)
+    body = b"AVI " + header + chunk(b"LIST", movie) + chunk(b"idx1", index)
+    Path(path).write_bytes(chunk(b"RIFF", body))
 
 
 # --- the records of a step, and the rows of a run, one JSON object a line ---
-def pick(samples, step: int, c, accelerator) -> list[Sample]:
+def pick(samples: list[Sample], step: int, config, accelerator) -> list[Sample]:
     """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
     import torch  # here alone: a decoder's process would wait for it
 
-    count = c.questions_per_device
-    epoch, k = divmod(step, len(samples) // (count * accelerator.num_processes))
-    shuffle = torch.Generator().manual_seed(c.seed * 1000 + epoch)
+    count = config.questions_per_device
+    per_step = count * accelerator.num_processes
+    epoch, step_of_epoch = divmod(step, len(samples) // per_step)
+    shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
     order = torch.randperm(len(samples), generator=shuffle).tolist()
-    start = (k * accelerator.num_processes + accelerator.process_index) * count
+    start = step_of_epoch * per_step + accelerator.process_index * count
     return [samples[i] for i in order[start : start + count]]
 
 
@@ -668,10 +710,15 @@ def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
     """The rows of a file, less a line that was cut off and those of steps after `last`."""
     if not file.is_file():
         return []
-    lines = [line for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
-    lines = [line for line in lines if json.loads(line).get("step", 0) <= last]
-    os.truncate(file, sum(map(len, lines)))
-    return [json.loads(line) for line in lines]
+    rows, size = [], 0
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            row = json.loads(line)
+            if row.get("step", 0) <= last:
+                rows.append(row)
+                size += len(line)
+    os.truncate(file, size)
+    return rows
 
 
 def add_rows(file: Path, rows: list[dict]) -> None:
