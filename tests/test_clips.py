@@ -2,6 +2,7 @@
 each is right, or refused with the remedy."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -197,6 +198,19 @@ def test_decoder_holds_little_memory_after_a_read(tmp_path):
     time.sleep(10)
     held = [resident(decoder.child.pid) for decoder in decoders]
     assert max(held) < 400 and sum(held) < 1000, held
+
+
+def test_good_clips_are_fine_where_the_machine_has_fewer_cores_than_it_says(tmp_path, monkeypatch):
+    """Twelve decoders at a time on what this machine has, with patience for one of them alone."""
+    path = tmp_path / "large.mp4"
+    encode(str(path), 1280, 720, Fraction(30), 600, None)
+    began = time.monotonic()
+    data.look_at([str(path)], 16)
+    patience = 1.5 * (time.monotonic() - began) + 1
+    copies = [str(shutil.copy(path, tmp_path / f"{k}.mp4")) for k in range(12)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    facts = data.look_at(copies, 16, patience)
+    assert facts == dict.fromkeys(copies, (600, pytest.approx(599 / 30, abs=1e-3)))
 
 
 def resident(process):

@@ -218,7 +218,7 @@ def test_what_is_wrong_with_the_input_is_said_before_training(
     record = json.loads(Path(records).read_text().splitlines()[0]) | {"path": "fake.mp4"}
     (tmp_path / "fake.jsonl").write_text(json.dumps(record))
     fake = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "fake.jsonl"))
-    assert "fake.mp4: not a video" in fake
+    assert "fake.mp4: no video file" in fake
     long = start(monkeypatch, tmp_path, *base, "--data", records, "--max_prompt_length", "20")
     assert "over the limit of 20" in long
     evidence = {k: v for k, v in record.items() if k != "evidence"} | {"path": samples[0].path}
