@@ -82,7 +82,7 @@ def test_hostile_answers_take_little_time(kind, name):
     verify(HOSTILE[name], answers.get(kind, "a b, 出口 -5"), kind)
     seconds = time.process_time() - start
     assert 0 <= result <= 1
-    assert seconds < 0.2  # two calls
+    assert seconds < 1
 
 
 @pytest.mark.parametrize("name", HOSTILE)
