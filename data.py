@@ -344,12 +344,12 @@ def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
 def open_clip(path: str) -> tuple[list[float], bool, float]:
     """Seconds of each frame, whether they must be read in order, and the pixels' width : height."""
     header = read_header(path)
-    container = None
+    container = "unknown container"  # decord may know it
     for name, magic in CONTAINERS.items():
         if re.match(magic, header, re.DOTALL):
             container = name
-    if container is None:
-        raise DataError(path, "no video file" if header else "an empty file", "; replace it")
+    if not header:
+        raise DataError(path, "an empty file", "; replace it")
     if container == "MPEG transport stream":
         raise DataError(path, f"{container}: decord takes wrong frames of it", f"; {REENCODE}")
     said_size = int.from_bytes(header[4:8], "little") + 8
@@ -359,12 +359,16 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     try:
         reader = open_reader(path)
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        if container == "unknown container":
+            raise DataError(path, "no video file", "; replace it") from error
         codec = re.search(CODEC, header, re.DOTALL)
         name = codec[codec.lastindex].decode("latin-1") if codec else "unknown"
         if "cannot find video stream" in str(error):
             advice = f"; pip install decord2 in its place, which reads AV1, or {REENCODE}"
-            raise DataError(path, f"{container}, codec {name}: decord cannot decode it", advice)
-        raise DataError(path, f"{container}, codec {name}: cut short or broken", "; replace it")
+            cause = f"{container}, codec {name}: decord cannot decode it"
+            raise DataError(path, cause, advice) from error
+        cause = f"{container}, codec {name}: cut short or broken"
+        raise DataError(path, cause, "; replace it") from error
 
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
     rising = (times[1:] > times[:-1]).all()
@@ -381,12 +385,14 @@ def read_header(path: str, size: int = 2**16) -> bytes:
         header = box = file.read(size)
         at = 0
         while re.match(CONTAINERS["MP4"], header, re.DOTALL) and len(box) >= 16:
-            length, kind, long = unpack(">I4sQ", box[:16])
-            at += long if length == 1 else length
+            length, kind, long_length = unpack(">I4sQ", box[:16])
             if kind == b"moov":
                 return header[:16] + box
-            if length == 0:
+            if length == 1:
+                length = long_length
+            if not 8 <= length < 2**48:  # to the file's end, or nonsense
                 break
+            at += length
             file.seek(at)
             box = file.read(size)
     return header
