@@ -38,6 +38,7 @@ TEXTS = ("problem", "problem_type", "solution", "path")  # a record's fields tha
 TRUTHS = ("evidence", "moments", "cue", "look")  # for a scripted teacher or a cold start
 KNOWN = {*TEXTS, *TRUTHS, "problem_id", "options", "data_type", "data_source", "process"}
 MANY = 1000  # videos; more than these are checked before a run, not at its start
+LONG = 2000  # frames; decord seeks in clips that have more
 
 
 @dataclass
@@ -260,7 +261,7 @@ class Video:
         try:
             frames = self._read(list(indices))
         except DataError as fault:
-            if fault.cause in (SLOW[0], OVERCOUNTED[0]):
+            if fault.cause in (SLOW[0], MISSING[0]):
                 raise
             # decord can fail or hang on a batch of which each frame decodes; else this names one.
             frames = [self._read([index])[0] for index in indices]
@@ -291,7 +292,7 @@ REENCODE = "re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
 BROKEN = ("ended decord", ": a broken file; replace it")
 SLOW = ("too slow", f" to read; raise --decode_patience, or {REENCODE}")
 STUCK = ("decord waits for ever", ": a pipe, or a broken file; replace it")
-OVERCOUNTED = ("counts more frames than it shows", f"; {REENCODE}")
+MISSING = ("fewer frames decode than it counts", f"; {REENCODE}")
 ENDS = {3: SLOW, 4: STUCK}  # by the process's exit status
 CONTAINERS = {  # by a file's first bytes
     "MP4": rb".{4}(ftyp|moov|mdat|wide|free|skip)",
@@ -318,7 +319,7 @@ def serve_decoder() -> None:
         except DataError as error:
             fault = error.cause, error.remedy
         except decord.DECORDLimitReachedError:  # it would repeat a frame
-            fault = OVERCOUNTED
+            fault = MISSING
         except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
             where = f" (frame {indices[0]})" if indices else ""
             fault = "frames do not decode", f"{where}; replace the file"
@@ -359,24 +360,33 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     try:
         reader = open_reader(path)
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
-        if container == "unknown container":
-            raise DataError(path, "no video file", "; replace it") from error
-        codec = re.search(CODEC, header, re.DOTALL)
-        name = codec[codec.lastindex].decode("latin-1") if codec else "unknown"
-        if "cannot find video stream" in str(error):
-            advice = f"; pip install decord2 in its place, which reads AV1, or {REENCODE}"
-            cause = f"{container}, codec {name}: decord cannot decode it"
-            raise DataError(path, cause, advice) from error
-        cause = f"{container}, codec {name}: cut short or broken"
-        raise DataError(path, cause, "; replace it") from error
+        raise name_fault(path, container, header, str(error)) from error
 
     times = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # of starts
     rising = (times[1:] > times[:-1]).all()
     if not rising or abs(times).max() > 1e6:
         raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
     shown = times[times >= 0]  # frames before 0 are decoded and hidden: a clip cut without encoding
-    in_order = len(shown) < len(times) or not seeks_right(path, reader)
+    keys = reader.get_key_indices()
+    if len(shown) < len(times):
+        in_order = True
+    elif len(keys) == len(times):
+        in_order = False  # each frame by itself
+    else:
+        in_order = len(times) <= LONG or not seeks_right(path, keys)
     return (shown - shown[:1]).tolist(), in_order, pixel_aspect(header)
+
+
+def name_fault(path: str, container: str, header: bytes, error: str) -> DataError:
+    """What is wrong with a file that decord does not open, by its codec as the header names it."""
+    if container == "unknown container":
+        return DataError(path, "no video file", "; replace it")
+    codec = re.search(CODEC, header, re.DOTALL)
+    name = codec[codec.lastindex].decode("latin-1") if codec else "not found"
+    if "cannot find video stream" not in error:
+        return DataError(path, f"{container}, codec {name}: cut short or broken", "; replace it")
+    advice = f"; pip install decord2 in its place, which reads AV1, or {REENCODE}"
+    return DataError(path, f"{container}, codec {name}: decord cannot decode it", advice)
 
 
 def read_header(path: str, size: int = 2**16) -> bytes:
@@ -413,14 +423,10 @@ def open_reader(path: str) -> decord.VideoReader:
     return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
 
 
-def seeks_right(path: str, reader: decord.VideoReader) -> bool:
-    """Whether decord finds by seeking what comes there in order, tried at the first key frames and,
-    of a short clip, the last frame. It does not with open groups of pictures, which HEVC likes."""
-    keys = reader.get_key_indices()
-    if len(keys) == len(reader):
-        return True  # each frame by itself
-    last = len(reader) - 1
-    places = [place for place in (*keys[1:5], last) if place <= 500]
+def seeks_right(path: str, keys: list[int]) -> bool:
+    """Whether decord finds by seeking what comes there in order, tried at the first key frames. It
+    does not behind open groups of pictures, as encoders of HEVC like to make them."""
+    places = [key for key in keys[1:9] if key <= 500]
     if not places:
         return True
     try:
@@ -522,16 +528,20 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     examples = {fault.cause: fault for fault in reversed(faults.values())}
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
-        print(f"  {f'{count} not fine':14}{examples[cause]}")
-    print(f"{len(fine)} of {len(records)} records are fine; {listed} lists all others")
-    print(f"for `train.py --data {file} --skip {listed}`, which will not open these videos again")
+        print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
+    print(
+        f"{len(fine)} of {len(records)} records are fine. `train.py --data {file} --skip {listed}`"
+    )
+    print(
+        "leaves the others out, so nothing has to be edited, and does not open these videos again."
+    )
 
 
 def print_table(samples: list[Sample], facts: list[tuple]) -> None:
     """What the fine records are."""
     for name in ("problem_type", "source"):
         counts = Counter(getattr(sample, name) for sample in samples).most_common()
-        print(f"  {name:14}" + ", ".join(f"{value} {count}" for value, count in counts))
+        print(f"  {name:14}" + ", ".join(f"{value or '(none)'} {count}" for value, count in counts))
     for name, values in zip(("frames", "seconds"), zip(*facts)):
         print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
     questions = {(sample.path, sample.question, *sample.options) for sample in samples}

@@ -155,14 +155,35 @@ def test_short_clip_is_shown_whole(frames, tmp_path):
 
 
 def test_clip_that_counts_hidden_or_empty_frames_is_refused(tmp_path):
-    said = "counts more frames than it shows; re-encode it"
+    said = "fewer frames decode than it counts; re-encode it"
     encode(str(tmp_path / "trimmed.mp4"), 128, 96, Fraction(25), 200, None, options={"g": "48"})
     shorten(tmp_path / "trimmed.mp4", 0.5)
     encode(str(tmp_path / "mpeg4.mp4"), 128, 96, Fraction(25), 60, None, "mpeg4", {"g": "12"})
     overcount(str(tmp_path / "mpeg4.mp4"), str(tmp_path / "empty.mp4"))
     for name in ("trimmed.mp4", "empty.mp4"):
+        video = data.Video(str(tmp_path / name))
         with pytest.raises(data.DataError, match=said):
-            data.Video(str(tmp_path / name))
+            video.frames(video.uniform(16))
+
+
+@pytest.mark.parametrize("codec, options", [("h264", OPEN_264), ("libx265", OPEN_265)])
+def test_long_clip_whose_seeks_are_off_is_read_in_order(codec, options, tmp_path):
+    path = tmp_path / "long.mp4"
+    encode(str(path), 64, 64, Fraction(25), 2100, None, codec, options)
+    assert is_right(path) == 2100
+    video = data.Video(str(path))
+    for index in (46, 47, 48, 97, 241, 2099):
+        assert index_of(video.frame(index)) == index
+
+
+def test_open_groups_that_begin_late_are_shown_right(tmp_path):
+    path = tmp_path / "late.mp4"
+    forced = "keyint=48:b-adapt=0:scenecut=0:log-level=none"
+    options = {"preset": "veryfast", "x265-params": forced}
+    encode(str(path), 128, 96, Fraction(25), 700, None, "libx265", options)
+    video = data.Video(str(path))
+    for index in video.uniform(64):
+        assert index_of(video.frame(index)) == index
 
 
 def test_pixels_are_made_square(tmp_path):

@@ -222,7 +222,7 @@ def ask(tmp_path, monkeypatch):
 
 
 def test_times_count_from_the_first_frame(ask):
-    assert ask(starts=[5.0, 5.5, 6.25], keys=[0]) == (None, ([0.0, 0.5, 1.25], False, 1.0))
+    assert ask(starts=[5.0, 5.5, 6.25], keys=[0]) == (None, ([0.0, 0.5, 1.25], True, 1.0))
 
 
 def test_hidden_frames_are_left_out_and_the_others_read_in_order(ask):
@@ -231,10 +231,12 @@ def test_hidden_frames_are_left_out_and_the_others_read_in_order(ask):
     _, frames = ask([2, 0], in_order=True, **cut)
     assert [frame[0, 0, 0] for frame in frames] == [2, 0]
     (cause, _), _ = ask([3], in_order=True, **cut)
-    assert cause == "counts more frames than it shows"
+    assert cause == "fewer frames decode than it counts"
 
 
-def test_clip_is_read_in_order_where_seeking_finds_other_frames(ask):
+def test_clip_is_read_in_order_if_it_is_short_or_seeking_finds_other_frames(ask, monkeypatch):
+    assert ask()[1][1] is True
+    monkeypatch.setattr(data, "LONG", 3)
     assert ask(off=0)[1][1] is False
     assert ask(off=2)[1][1] is True
     assert ask(off=2, keys=[0, 1, 2, 3])[1][1] is False  # key frames all: nothing to get wrong
@@ -279,7 +281,7 @@ def test_video_at_fault_is_asked_frame_by_frame_and_a_slow_one_is_not():
     cause = data.STUCK[0]
     images = data.Video("v", decoder).frames([2, 0])
     assert [image.getpixel((0, 0))[0] for image in images] == [2, 0]
-    for cause in (data.SLOW[0], data.OVERCOUNTED[0]):
+    for cause in (data.SLOW[0], data.MISSING[0]):
         asked.clear()
         with pytest.raises(data.DataError, match=cause):
             data.Video("v", decoder).frames([2, 0])

@@ -485,7 +485,7 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 920, "reward": 500, "ffr": 450, "grpo": 450, "data": 740, "train": 450}
+LIMITS = {"teacher": 920, "reward": 500, "ffr": 450, "grpo": 450, "data": 750, "train": 450}
 
 
 @pytest.mark.parametrize("name", LIMITS)
