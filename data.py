@@ -52,6 +52,9 @@ class Settings:
     decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = 60.0
 
 
+PATIENCE = Settings.decode_patience
+
+
 class DataError(ValueError):
     """A file, record or video that cannot be used. The message says which, why and what to do;
     `cause` is the part that all faults of a kind share, by which a check counts them."""
@@ -95,9 +98,8 @@ def refuse_faults(found: list, path: str) -> None:
     faults = [fault for fault in found if isinstance(fault, DataError)]
     if faults:
         alike = sum(fault.cause == faults[0].cause for fault in faults)
-        advice = (
-            f"{alike} such, {len(faults)} in all; `python data.py {path}` lists them for --skip"
-        )
+        counts = f"{alike} such, {len(faults)} in all"
+        advice = f"{counts}; `python data.py {path}` lists them for --skip"
         faults[0].args = (f"{faults[0]} ({advice})",)
         raise faults[0]
 
@@ -116,15 +118,18 @@ def read_skip_list(file: str, path: str) -> dict[str, str]:
 
 def digest(path: str) -> str:
     """The data file's SHA-256."""
+    return sha256(read_bytes(path)).hexdigest()
+
+
+def read_bytes(path: str) -> bytes:
     if not Path(path).is_file():
         raise DataError(path, "no such data file", "; give a .json or .jsonl file")
-    return sha256(Path(path).read_bytes()).hexdigest()
+    return Path(path).read_bytes()
 
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
     """By every record's number, from 1, its sample or what is wrong with it."""
-    digest(path)  # or say that there is no such file
-    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
     if content.startswith(b"["):
         records = parse_json(content, path)
     else:
@@ -213,7 +218,7 @@ class Decoder:
 
     child: Popen | None = None
 
-    def __call__(self, path: str, indices: list | None = None, in_order=False, patience=60.0):
+    def __call__(self, path: str, indices: list | None = None, in_order=False, patience=PATIENCE):
         """What `read_frames` gives for `indices`, or `open_clip` without. Raises `DataError`, also
         where that takes over `patience` seconds of the process's own work, or of waiting."""
         if self.child is None or self.child.poll() is not None:
@@ -235,7 +240,7 @@ class Video:
     """A video by the indices of its frames, as teacher.py's tools take it. Raises `DataError` where
     it cannot be read."""
 
-    def __init__(self, path: str, decoder: Decoder = Decoder(), patience: float = 60.0):
+    def __init__(self, path: str, decoder: Decoder = Decoder(), patience: float = PATIENCE):
         self.path = str(path)
         self.times, in_order, self.pixel_aspect = decoder(self.path, patience=patience)
         self._read = partial(decoder, self.path, in_order=in_order, patience=patience)
@@ -454,7 +459,7 @@ def read_frames(path: str, indices: list[int], in_order: bool):
 
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
-def look_at(paths: list[str], num_frames: int = 1, patience: float = 60.0) -> dict:
+def look_at(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -> dict:
     """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # the job may have fewer than the machine
@@ -483,7 +488,9 @@ def stamp(path: str) -> list:
     return [facts.st_size, facts.st_mtime_ns]
 
 
-def refuse_broken(samples: list[Sample], file: str, skip: str = "", patience: float = 60.0) -> None:
+def refuse_broken(
+    samples: list[Sample], file: str, skip: str = "", patience: float = PATIENCE
+) -> None:
     """Raise `DataError` where a video does not open. Those that `python data.py` has opened are
     trusted; over MANY others it wants to open first, as the other processes would wait here."""
     try:
@@ -529,12 +536,8 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
-    print(
-        f"{len(fine)} of {len(records)} records are fine. `train.py --data {file} --skip {listed}`"
-    )
-    print(
-        "leaves the others out, so nothing has to be edited, and does not open these videos again."
-    )
+    print(f"{len(fine)} of {len(records)} records are fine; nothing has to be edited:")
+    print(f"`train.py --data {file} --skip {listed}` leaves the others out.")
 
 
 def print_table(samples: list[Sample], facts: list[tuple]) -> None:
@@ -554,7 +557,7 @@ def main() -> None:
     parser.add_argument("--video_root", default="", help="folder the records' paths start from")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to decode of a video")
     parser.add_argument(
-        "--decode_patience", type=float, default=60.0, help="seconds a clip may take"
+        "--decode_patience", type=float, default=PATIENCE, help="seconds a clip may take"
     )
     given = parser.parse_args()
     try:

@@ -82,7 +82,7 @@ def test_hostile_answers_take_little_time(kind, name):
     verify(HOSTILE[name], answers.get(kind, "a b, 出口 -5"), kind)
     seconds = time.process_time() - start
     assert 0 <= result <= 1
-    assert seconds < 1
+    assert seconds < 0.4  # two calls
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -91,21 +91,21 @@ def test_hostile_references_take_little_time(kind, name):
     start = time.process_time()
     reference_problem(HOSTILE[name], kind, OPTIONS)
     assert accuracy_reward(HOSTILE[name] + "x", HOSTILE[name], kind) <= 1
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 0.8
 
 
 def test_a_long_response_takes_little_time():
     start = time.process_time()
     assert score("<answer>" * 10000, "B", "multiple choice") == Score(0.0, 0.0, False)
     assert score("<think>" + "a" * 100000, "B", "multiple choice") == Score(0.0, 0.0, False)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.4
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_rationales_and_words_take_little_time(name):
     start = time.process_time()
     alignment(f"<think>{HOSTILE[name]}</think>", [(1.0, 2.0)], 0.5)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.4
     leak(HOSTILE[name], "How many cups?", [], "3")
     leak(HOSTILE[name], "Which?", ["A. a cup", "B. a cat"], "B")
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1.2
