@@ -1,4 +1,4 @@
-"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|sharded|run|lively …`."""
+"""What `test_train.py` runs under torchrun: `ranks.py gradient|calls|raises|tokens|sharded|run|lively …`."""
 
 import json
 import sys
@@ -171,6 +171,40 @@ def raises(folder, out):
         Path(out).write_text(json.dumps(facts))
 
 
+def tokens(folder, out):
+    """Two steps through train on ranks whose rollouts have different lengths, and an evaluation:
+    by what each rank divides, and which records it is asked."""
+    accelerator, student, samples = setup(folder)
+    config = replace(student.config, out=f"{out}-run", max_steps=2, questions_per_device=1)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    student = replace(student, config=config)
+    if accelerator.process_index == 1:
+        student.sampling.max_completion_length = 3
+    batches, ids, update, find = [], [], grpo.update, ffr.find_fix_reason
+
+    def keep(*arguments):
+        batches.append(arguments[3])
+        return update(*arguments)
+
+    def watch(student, questions, *more):
+        ids.extend(q.sample.id for q in questions)
+        return find(student, questions, *more)
+
+    grpo.update, ffr.find_fix_reason = keep, watch
+    spare = ffr.open_question(student, samples[0])
+    train.train(config, accelerator, student, samples, None, spare)
+    evaluate = getattr(train, "evaluate", None) or ffr.evaluate
+    rows = evaluate(accelerator, student, samples, None, spare, "before")
+    report(
+        accelerator,
+        out,
+        ids=ids,
+        own=[sum(len(episode.ids) for episode in batch.episodes) for batch in batches],
+        totals=[batch.total_tokens for batch in batches],
+        held_out=[row["id"] for row in rows],
+    )
+
+
 def sharded(folder, out):
     """A lopsided step with every parameter sharded."""
     accelerator, student, samples = setup(folder)
@@ -231,6 +265,7 @@ if __name__ == "__main__":
         "gradient": gradient,
         "calls": calls,
         "raises": raises,
+        "tokens": tokens,
         "sharded": sharded,
         "run": run,
         "lively": lively,
