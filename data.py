@@ -43,16 +43,15 @@ LONG = 2000  # frames; decord seeks in clips that have more
 
 @dataclass
 class Settings:
-    """Which records and videos: train.py's flags."""
+    """The records and their videos."""
 
     data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
     video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
     skip: Annotated[str, "list of records to leave out, as `python data.py` writes it (ours)"] = ""
     eval_data: Annotated[str, "held-out records, for accuracy before and after (ours)"] = ""
-    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = 60.0
 
 
-PATIENCE = Settings.decode_patience
+PATIENCE = 60.0  # seconds of work that reading a clip may take
 
 
 class DataError(ValueError):
@@ -709,40 +708,6 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
     header = chunk(b"LIST", b"hdrl" + main_header + stream)
     body = b"AVI " + header + chunk(b"LIST", movie) + chunk(b"idx1", index)
     Path(path).write_bytes(chunk(b"RIFF", body))
-
-
-# --- the records of a step, and the rows of a run, one JSON object a line ---
-def pick(samples: list[Sample], step: int, config, accelerator) -> list[Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
-    import torch  # here alone: a decoder's process would wait for it
-
-    count = config.questions_per_device
-    per_step = count * accelerator.num_processes
-    epoch, step_of_epoch = divmod(step, len(samples) // per_step)
-    shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-    order = torch.randperm(len(samples), generator=shuffle).tolist()
-    start = step_of_epoch * per_step + accelerator.process_index * count
-    return [samples[i] for i in order[start : start + count]]
-
-
-def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
-    """The rows of a file, less a line that was cut off and those of steps after `last`."""
-    if not file.is_file():
-        return []
-    rows, size = [], 0
-    for line in file.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            row = json.loads(line)
-            if row.get("step", 0) <= last:
-                rows.append(row)
-                size += len(line)
-    os.truncate(file, size)
-    return rows
-
-
-def add_rows(file: Path, rows: list[dict]) -> None:
-    with open(file, "a", encoding="utf-8") as opened:
-        opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

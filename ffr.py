@@ -1,34 +1,47 @@
 """Find, Fix, Reason (arXiv 2604.16243, §Method): context repair of failed rollouts inside GRPO.
 
     x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
-    π_θ          `Student`: the model with its processor, prompt and sampling
-    τ, z         a first-pass `Rollout`, and whether its answer is right: `score.correct`
-    T, c         `teacher`, a function of failed cases, and the `EvidencePatch` it returns
-    τ*, τ̂        the re-answer under the patched prompt (x, c); the chosen one, τ if z = 1 else τ*
-    R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Rollout.reward`
+    π_θ          `Student`: the model with its processor, sampling and view
+    τ, z         the `unaided` rollout, and whether its answer is right: `score.correct`
+    T, c         `teacher`, a function of failed cases, and the `patch` that it gives for one
+    τ*           the `repaired` rollout: the answer under the patched prompt (x, c)
+    τ̂            `Chosen.rollout`, which is trained: τ if z = 1 (or without a patch), else τ*
+    R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Chosen.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
-A τ* is on-policy under another observation: π_θ, π_old and π_ref all score it under (x, c)."""
+A τ* is on-policy under another observation: π_θ, π_old and π_ref all score it under (x, c).
+The file needs teacher.py, reward.py, grpo.py and data.py beside it, and not train.py.
+"""
 
 import argparse
 import hashlib
 import re
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
+from transformers import HfArgumentParser
 from transformers.video_utils import VideoMetadata
 
-from data import Sample, Video, add_rows, fit, read_rows
-from grpo import Completion, Episode, Sampling, generate, is_sharded
-from reward import SUFFIXES, Score, alignment, robust_improvement_reward, score
-from teacher import Case, EvidencePatch, TeacherError
+from data import PATIENCE, Sample, Video, fit
+from grpo import (
+    Completion,
+    Episode,
+    Sampling,
+    SamplingSettings,
+    batched_logps,
+    generate,
+    is_sharded,
+    load_policy,
+    load_sampling,
+)
+from reward import SUFFIXES, Score, alignment, answers, gate, robust_improvement_reward, score
+from teacher import Case, EvidencePatch, TeacherError, load_teacher
+from teacher import Settings as TeacherSettings
 
 PROMPT = """{question}
 {options}
@@ -36,14 +49,145 @@ Reason first, between <think> and </think>, and cite the moments of the video, i
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 
 
+# --- the round: Find → Fix → Reason ---
+def find_fix_reason(
+    student: "Student",
+    questions: list["Question"],
+    num_rollouts: int,
+    teacher,
+    kappa: float,
+    lam: float,
+    seed: tuple,
+) -> list[list["Chosen"]]:
+    """One round for a batch of questions: of each question, `num_rollouts` chosen rollouts.
+
+    `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None is plain
+    GRPO. Each rollout is seeded by (seed, sample, place), so it does not depend on the others.
+    """
+    groups = first_pass(student, questions, num_rollouts, seed)
+    if teacher is not None:
+        find_and_fix(groups, teacher)
+        reason_again(student, groups, seed)
+    choose_and_reward(groups, kappa, lam)
+    return groups
+
+
+def first_pass(student, questions, num_rollouts: int, seed: tuple) -> list[list["Chosen"]]:
+    """Sample τ_i ~ π_old(· | x), i = 1 … G, for each question, and verify them: z_i."""
+    prompts = [question.prompt for question in questions]
+    seeds = [
+        [seed_of(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
+        for question in questions
+    ]
+    groups = []
+    answers = generate(student.model, prompts, seeds, student.sampling)
+    for question, completions in zip(questions, answers):
+        group = []
+        for place, completion in enumerate(completions):
+            unaided = judge(student, question, question.prompt, completion)
+            group.append(Chosen(question, place, unaided))
+        groups.append(group)
+    return groups
+
+
+def find_and_fix(groups: list[list["Chosen"]], teacher) -> None:
+    """Ask the teacher about all failures of the step together: c_i = T(x, y, τ_i) where z_i = 0.
+    Each gets a patch, or the error that says why there is none."""
+    failures = []
+    for chosen in flat(groups):
+        if chosen.question.counts and not chosen.rollout.score.correct:
+            failures.append(chosen)
+    if not failures:
+        return
+
+    verdicts = teacher([case_of(chosen.question, chosen.rollout.text) for chosen in failures])
+    for chosen, verdict in zip(failures, verdicts):
+        if isinstance(verdict, TeacherError):
+            chosen.error = verdict  # τ_i stays, with its plain reward, untaxed
+        else:
+            chosen.patch = verdict
+
+
+def reason_again(student, groups: list[list["Chosen"]], seed: tuple) -> None:
+    """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify them.
+
+    Failures of a question that were given equal patches answer one and the same prompt. A patch
+    that makes no prompt (too long, or a frame does not decode) costs its failures their repair.
+    """
+    alike = {}  # question and patch → the failures that got it
+    for number, group in enumerate(groups):
+        for chosen in group:
+            if chosen.patch is not None:
+                alike.setdefault((number, repr(chosen.patch)), []).append(chosen)
+
+    prompts, seeds, waiting = [], [], []
+    for failures in alike.values():
+        question, patch = failures[0].question, failures[0].patch
+        try:
+            prompts.append(encode(student, question, patch))
+        except ValueError as error:
+            for chosen in failures:
+                chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
+            continue
+        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in failures])
+        waiting.append(failures)
+
+    if is_sharded(student.model):  # a rank without repairs must make the call, too
+        prompts.append(stand_in(student, groups[0][0].question))
+        seeds.append([0])
+    answers = generate(student.model, prompts, seeds, student.sampling) if prompts else []
+    for prompt, failures, completions in zip(prompts, waiting, answers):
+        for chosen, completion in zip(failures, completions):
+            chosen.repaired = judge(student, chosen.question, prompt, completion)
+
+
+def choose_and_reward(groups: list[list["Chosen"]], kappa: float, lam: float) -> None:
+    """R̃_i of the chosen rollout: τ_i's own where z_i = 1, else τ*_i's, less the tax κ."""
+    for chosen in flat(groups):
+        repaired_score = None
+        if chosen.repaired is not None:
+            repaired_score = chosen.repaired.score
+            question = chosen.question
+            spans = [tuple(map(question.video.seconds, span)) for span in chosen.patch.spans]
+            chosen.align = alignment(chosen.repaired.text, spans, question.spacing / 2)
+        chosen.reward = robust_improvement_reward(
+            chosen.unaided.score, repaired_score, chosen.align, kappa, lam
+        )
+
+
+# --- what the round is about ---
+@dataclass
+class View:
+    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
+    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
+    frame_pixels: Annotated[int, "at most so many pixels in each of them"] = 128 * 28 * 28
+    picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
+    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
+    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
+    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = (
+        PATIENCE
+    )
+
+
+@dataclass
+class Method:
+    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
+    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
+    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
+
+
 @dataclass
 class Student:
-    """π_θ and how it sees and answers."""
+    """π_θ, and how it sees and answers."""
 
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    config: object  # train.Config, or anything with the names that are read here
+    view: View
 
 
 @dataclass
@@ -58,121 +202,233 @@ class Question:
     counts: bool = True  # False for a stand-in that must not be trained on
 
     @property
-    def spacing(self) -> float:  # seconds between two shown frames
-        first, last = (self.video.seconds(self.indices[end]) for end in (0, -1))
+    def spacing(self) -> float:
+        """Mean seconds between two shown frames."""
+        first, last = self.video.seconds(self.indices[0]), self.video.seconds(self.indices[-1])
         return (last - first) / max(len(self.indices) - 1, 1)
 
 
 @dataclass
 class Rollout:
-    """A response and all that its reward is made of. `prompt` is the one that it answers."""
+    """One answer, under one prompt."""
 
     prompt: dict
     completion: Completion
     text: str
-    score: Score
-    reward: float = 0.0  # R̃
+    score: Score  # R, R_fmt and z
+
+
+@dataclass
+class Chosen:
+    """A place in a question's group: the first answer, its repair if there is one, the reward."""
+
+    question: Question
+    place: int
+    unaided: Rollout  # τ
+    patch: EvidencePatch | None = None  # c, where τ failed and the teacher helped
+    error: TeacherError | None = None  # why a failed τ got no patch
+    repaired: Rollout | None = None  # τ*
     align: float = 0.0
-    patch: EvidencePatch | None = None  # c, where this is a τ*
-    failed: "Rollout | None" = None  # the τ whose place this τ* took
-    error: TeacherError | None = None  # why this failed τ got no patch
-    prompt_number: int = 0  # of the round's: the questions' first, then each patched one
+    reward: float = 0.0  # R̃
+    advantage: float = 0.0  # A_i, which the caller sets
+    reliance: float = 0.0  # of a repair on its patch, where it is measured
 
     @property
-    def first(self) -> "Rollout":  # the unaided one in this place of the group
-        return self.failed or self
+    def rollout(self) -> Rollout:
+        """τ̂: the rollout that is trained, under its own prompt."""
+        return self.unaided if self.repaired is None else self.repaired
 
 
+def flat(groups: list[list[Chosen]]) -> list[Chosen]:
+    return [chosen for group in groups for chosen in group]
+
+
+def seed_of(*parts) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+
+
+def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
+    """Decode a completion and score it: R, R_fmt, z."""
+    text, sample = decode(student, completion.ids), question.sample
+    return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
+
+
+def decode(student: Student, ids: torch.Tensor) -> str:
+    """A completion's text. Only ends, padding and vision tokens are dropped: some tokenizers hold
+    <think> and <answer> as special tokens too, and these are what the reward looks for."""
+    sampling = student.sampling
+    dropped = {*sampling.eos_ids, sampling.pad_id, *sampling.suppressed_ids}
+    kept = [token for token in ids.tolist() if token not in dropped]
+    return student.processor.tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def case_of(question: Question, response: str) -> Case:
+    """S_i = (x, y, τ_i), what the teacher is given."""
+    sample = question.sample
+    return Case(
+        id=sample.id,
+        question=sample.question,
+        options=sample.options,
+        answer=sample.answer,
+        response=response,
+        video=question.video,
+        problem_type=sample.problem_type,
+        record=sample.record,
+    )
+
+
+def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
+    """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
+    chosen rollout, under the prompt that it answers. What does not count has weight 0."""
+    prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
+    numbers = {}  # of patched prompts: by question and patch
+    found = []
+    for question_number, group in enumerate(groups):
+        for chosen in group:
+            own = question_number
+            if chosen.repaired is not None:
+                key = (question_number, repr(chosen.patch))
+                own = numbers.setdefault(key, len(groups) + len(numbers))
+                prompts[own] = chosen.repaired.prompt
+            ids, logps, *_ = chosen.rollout.completion
+            weight = float(chosen.question.counts)
+            advantage = chosen.advantage * weight
+            found.append(Episode(question_number, own, ids, logps, advantage, weight))
+    return prompts, found
+
+
+@torch.no_grad()
+def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
+    """How much each repair rests on its patch: the mean over the tokens of τ* of
+    log p(τ*|x) − log p(τ*|x, c). One forward; the caller autocasts."""
+    scored = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    scored = scored or flat(groups)[:1]  # sharded ranks must all make the call
+    prompts, found = {}, []
+    for number, chosen in enumerate(scored):
+        prompts[number] = chosen.question.prompt
+        found.append(Episode(number, number, chosen.rollout.completion.ids))
+    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
+    for chosen, bare in zip(scored, logps):
+        patched = chosen.rollout.completion.logps
+        chosen.reliance = (bare[: len(patched)] - patched).mean().item()
+
+
+# --- the prompt, and the patch in it ---
 def open_question(student: Student, sample: Sample) -> Question:
     """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
-    video = Video(sample.path, patience=student.config.decode_patience)
-    indices = video.uniform(student.config.num_frames)
-    frames = [fit(frame, student.config.frame_pixels) for frame in video.frames(indices)]
+    view = student.view
+    video = Video(sample.path, patience=view.decode_patience)
+    indices = video.uniform(view.num_frames)
+    frames = [fit(frame, view.frame_pixels) for frame in video.frames(indices)]
     question = Question(sample, video, indices, frames)
     return replace(question, prompt=encode(student, question))
 
 
-def open_questions(student: Student, samples: list[Sample], spare: Question) -> list[Question]:
-    """Open each sample. `spare` stands in for one that fails, so that processes keep in step."""
-    questions = [replace(spare, counts=False)] * len(samples)
-    for k, sample in enumerate(samples):
-        try:
-            questions[k] = open_question(student, sample)
-        except ValueError as error:
-            tqdm.write(f"skipped: {error}")
-    return questions
+def user_turn(text: str, evidence: list[dict]) -> list[dict]:
+    """Where the evidence stands: after the question, whose text it leaves as it is."""
+    return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
 
 
-def render_question(student: Student, sample: Sample, more: list = ()) -> str:
-    """The prompt's text: video, question, `more` (a patch), which only prolongs the user turn."""
-    fields = {
+def render_question(student: Student, sample: Sample, evidence: list[dict] = ()) -> str:
+    """The prompt's text: the video, the question and, if there is some, the evidence."""
+    values = {
         "question": sample.question,
         "options": "\n".join(sample.options),
         "suffix": SUFFIXES[sample.problem_type],
     }
-    text = re.sub(r"\{(question|options|suffix)\}", lambda m: fields[m[1]], student.config.prompt)
-    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}, *more]}]
+    text = re.sub(r"\{(question|options|suffix)\}", lambda m: values[m[1]], student.view.prompt)
+    chat = [{"role": "user", "content": user_turn(text, evidence)}]
     return student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
-    """The patch as chat parts: a text, with times as Qwen3-VL's processor writes them, then key
-    frames with regions drawn, and crops, at native size; without pictures, regions by corners."""
+    """The patch as parts of a chat: its text, then each picture below its label."""
+    parts = [{"type": "text", "text": patch_text(patch, video, spacing, corners=not pictures)}]
+    for label, image in patch_pictures(patch, video, spacing) if pictures else []:
+        parts.append({"type": "text", "text": f"\n{label}:"})
+        parts.append({"type": "image", "image": image})
+    return parts
 
-    def at(first: int, last: int) -> str:
-        start, end = video.seconds(first), video.seconds(last)
-        if end - start <= spacing:  # one moment of the student's view
-            return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
-        return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
 
+def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool) -> str:
+    """Moments, regions (by their `corners` where they are not drawn) and guidance, in words."""
     lines = [f"\n\nEvidence ({patch.error_type}):"]
     if patch.spans:
-        lines.append("Moments:" + ",".join(at(*span) for span in patch.spans))
+        moments = [moment_text(patch, video, spacing, *span) for span in patch.spans]
+        lines.append("Moments:" + ",".join(moments))
     for frame, box, what in patch.regions:
-        corners = "" if pictures else " " + " ".join(f"{v:.2f}" for v in box)
-        lines.append(f"Region{at(frame, frame)}{corners}: {what}".removesuffix(": "))
+        place = moment_text(patch, video, spacing, frame, frame)
+        if corners:
+            place += " " + " ".join(f"{v:.2f}" for v in box)
+        lines.append(f"Region{place}: {what}".removesuffix(": "))
     if patch.guidance:
         lines.append(f"Guidance: {patch.guidance}")
-    parts = [{"type": "text", "text": "\n".join(lines)}]
-    drawn = {frame: video.frame(frame).copy() for frame in patch.key_frames if pictures}
-    shown = [("Frame", frame, image) for frame, image in drawn.items()]
-    for region in patch.regions if pictures else []:
+    return "\n".join(lines)
+
+
+def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
+    """When frames `first` to `last` are shown, as Qwen3-VL's processor writes times; one time where
+    the student's view has no more than one frame there; nothing where a time is asked for."""
+    start, end = video.seconds(first), video.seconds(last)
+    if end - start > spacing:
+        return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
+    return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
+
+
+def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[tuple]:
+    """(label, picture) of each key frame, its regions drawn, and of each region, cut out; all at
+    native size."""
+    frames = {frame: video.frame(frame).copy() for frame in patch.key_frames}
+    crops = []
+    for region in patch.regions:
         image = video.frame(region.frame)
-        shown.append(("Crop", region.frame, image.crop(region.corners(image))))
-        if region.frame in drawn:
-            pen, width = ImageDraw.Draw(drawn[region.frame]), max(2, min(image.size) // 100)
-            pen.rectangle(region.corners(image), outline=(255, 0, 0), width=width)
-    for kind, frame, image in shown:
-        text = f"\n{kind}{at(frame, frame)}:"
-        parts += [{"type": "text", "text": text}, {"type": "image", "image": image}]
-    return parts
+        corners = region.corners(image)
+        crops.append((region.frame, image.crop(corners)))
+        if region.frame in frames:
+            width = max(2, min(image.size) // 100)
+            pen = ImageDraw.Draw(frames[region.frame])
+            pen.rectangle(corners, outline=(255, 0, 0), width=width)
+
+    pictures = []
+    for kind, found in (("Frame", frames.items()), ("Crop", crops)):
+        for frame, image in found:
+            pictures.append((kind + moment_text(patch, video, spacing, frame, frame), image))
+    return pictures
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
     """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt_length`
     tokens: cutting it would cut vision tokens off their pixels."""
-    config, video, fps = student.config, question.video, question.video.fps
-    parts = render_patch(patch, video, question.spacing, config.patch_pictures) if patch else []
-    pictures = [fit(p["image"], config.picture_pixels) for p in parts if p["type"] == "image"]
-    text = render_question(student, question.sample, parts)
+    view, video = student.view, question.video
+    evidence = []
+    if patch is not None:
+        evidence = render_patch(patch, video, question.spacing, view.patch_pictures)
+    pictures = [fit(part["image"], view.picture_pixels) for part in evidence if "image" in part]
     # Processors take index / fps for the time: only this is right at variable frame rates too.
-    indices = [video.seconds(i) * fps for i in question.indices]
-    metadata = VideoMetadata(len(video), fps, duration=len(video) / fps, frames_indices=indices)
+    indices = [video.seconds(index) * video.fps for index in question.indices]
+    duration = len(video) / video.fps
     inputs = student.processor(
-        text=[text],
+        text=[render_question(student, question.sample, evidence)],
         videos=[question.frames],
         images=pictures or None,
-        video_metadata=[metadata],
+        video_metadata=[
+            VideoMetadata(len(video), video.fps, duration=duration, frames_indices=indices)
+        ],
         do_sample_frames=False,
         return_tensors="pt",
     )
-    length, most = inputs["input_ids"].shape[1], config.max_prompt_length
-    if length > most:
+    length = inputs["input_ids"].shape[1]
+    if length > view.max_prompt_length:
         raise ValueError(
-            f"record {question.sample.id}: its prompt has {length} tokens, over the "
-            f"limit of {most}; raise --max_prompt_length or lower --num_frames"
+            f"record {question.sample.id}: its prompt has {length} tokens, over the limit of "
+            f"{view.max_prompt_length}; raise --max_prompt_length or lower --num_frames"
         )
     return with_positions(student.model, dict(inputs.to(student.model.device)))
+
+
+def stand_in(student: Student, question: Question) -> dict:
+    """A patched prompt, for a rank that must make a call without having a repair of its own."""
+    return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
 def with_positions(model, inputs: dict) -> dict:
@@ -194,154 +450,43 @@ def with_positions(model, inputs: dict) -> dict:
     return inputs | {"position_ids": positions}
 
 
-# --- the round: Find → Fix → Reason ---
-def find_fix_reason(
-    student: Student,
-    questions: list[Question],
-    num_rollouts: int,
-    teacher,
-    kappa: float,
-    lam: float,
-    seed: tuple,
-) -> list[list[Rollout]]:
-    """One round for a batch of questions: the chosen rollouts τ̂, `num_rollouts` per question.
-    `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None: plain GRPO.
-    Each rollout is seeded by (seed, sample, place): it does not depend on the others."""
-    # τ_i ~ π_old(· | x), i = 1 … G
-    seeds = [
-        [_seed(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
-        for question in questions
-    ]
-    prompts = [question.prompt for question in questions]
-    answers = sum(generate(student.model, prompts, seeds, student.sampling), [])
-    asked = [question for question in questions for _ in range(num_rollouts)]
-    chosen = [
-        judge(student, q, q.prompt, k // num_rollouts, answer)
-        for k, (q, answer) in enumerate(zip(asked, answers))
-    ]
-    # Find and Fix: c_i = T(x, y, τ_i) where z_i = 0, all failures together
-    wrong = [k for k, q in enumerate(asked) if teacher and q.counts and not chosen[k].score.correct]
-    verdicts = teacher([case_of(asked[k], chosen[k].text) for k in wrong]) if wrong else []
-    patched = {}  # for each question and distinct patch: the prompt, and the failures that got it
-    for k, verdict in zip(wrong, verdicts):
-        if isinstance(verdict, TeacherError):  # τ_i stays, with its plain reward, untaxed
-            chosen[k].error = verdict
-            continue
-        key = (k // num_rollouts, repr(verdict))
-        try:
-            if key not in patched:
-                patched[key] = (encode(student, asked[k], verdict), [])
-            patched[key][1].append((k, verdict))
-        except ValueError as error:  # over the prompt limit, or a frame that does not decode
-            chosen[k].error = TeacherError("prompt", str(error))
-    # Reason: τ*_i ~ π_old(· | x, c_i), in one batch
-    prompts = [prompt for prompt, _ in patched.values()]
-    seeds = [
-        [_seed(seed, asked[k].sample.id, k % num_rollouts, "again") for k, _ in failures]
-        for _, failures in patched.values()
-    ]
-    if is_sharded(student.model) and teacher:
-        prompts.append(stand_in(student, questions[0]))
-        seeds.append([0])
-    again = generate(student.model, prompts, seeds, student.sampling) if prompts else []
-    # τ̂_i = τ_i if z_i = 1 else τ*_i
-    repaired_groups = zip(patched.values(), again)
-    for number, ((prompt, failures), completions) in enumerate(repaired_groups, len(questions)):
-        for (k, patch), completion in zip(failures, completions):
-            repaired = judge(student, asked[k], prompt, number, completion)
-            spans = [tuple(map(asked[k].video.seconds, span)) for span in patch.spans]
-            repaired.align = alignment(repaired.text, spans, asked[k].spacing / 2)
-            repaired.patch, repaired.failed, chosen[k] = patch, chosen[k], repaired
-    for r in chosen:
-        repaired = r.score if r.failed else None
-        r.reward = robust_improvement_reward(r.first.score, repaired, r.align, kappa, lam)
-    return [chosen[k : k + num_rollouts] for k in range(0, len(chosen), num_rollouts)]
+# --- a repair as a picture ---
+def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
+    """A repair in the order of the method, as a picture 1,200 px wide in `file`, a .png, and as
+    text, in a .txt beside it and returned."""
+    sections = repair_sections(chosen, kappa, lam)
+    text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    draw_page(sections).save(file)
+    return text
 
 
-def judge(student, question: Question, prompt: dict, number: int, completion) -> Rollout:
-    """Decode a completion and score it: R, R_fmt, z."""
-    text = decode(student, completion.ids)
-    judged = score(text, question.sample.answer, question.sample.problem_type)
-    return Rollout(prompt, completion, text, judged, prompt_number=number)
-
-
-def store_linears_in_bf16(model) -> None:
-    """Halve frozen linear layers. Autocast casts their weights at each call, so nothing changes;
-    norms and embeddings, tied ones too, it leaves in fp32, and so does this."""
-    tied = model.get_input_embeddings().weight
-    for part in model.modules():
-        if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
-            part.to(torch.float32 if part.weight is tied else torch.bfloat16)
-
-
-def token_ids(model, processor) -> dict:
-    """A checkpoint's ids for `Sampling`: each EOS ends; vision and padding are suppressed."""
-    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
-    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
-    never = (never | {pad_id}) - ends - {None}
-    return {"eos_ids": tuple(ends), "pad_id": pad_id, "suppressed_ids": tuple(sorted(never))}
-
-
-def decode(student: Student, ids: torch.Tensor) -> str:
-    """A completion's text. Only ends, padding and vision tokens are dropped: some tokenizers hold
-    <think> and <answer> as special tokens too, and these are what the reward looks for."""
-    sampling = student.sampling
-    dropped = {*sampling.eos_ids, sampling.pad_id, *sampling.suppressed_ids}
-    kept = [token for token in ids.tolist() if token not in dropped]
-    return student.processor.tokenizer.decode(kept, skip_special_tokens=False)
-
-
-def episodes(questions: list[Question], groups: list, advantages: list[float]) -> tuple:
-    """A round as `grpo.Batch` takes it: distinct prompts, and an `Episode` for each rollout, with
-    its advantage. What does not count has weight 0."""
-    prompts, found = {number: q.prompt for number, q in enumerate(questions)}, []
-    rollouts = [(k, rollout) for k, group in enumerate(groups) for rollout in group]
-    for (k, rollout), advantage in zip(rollouts, advantages):
-        prompts[rollout.prompt_number] = rollout.prompt
-        own = (k, rollout.prompt_number, rollout.completion.ids, rollout.completion.logps)
-        counts = float(questions[k].counts)
-        found.append(Episode(*own, advantage * counts, counts))
-    return prompts, found
-
-
-def stand_in(student: Student, question: Question) -> dict:
-    """A patched prompt, for a rank that must make a call without having a repair of its own."""
-    return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
-
-
-def case_of(q: Question, response: str) -> Case:
-    """S_i = (x, y, τ_i), what the teacher is given."""
-    x, video = q.sample, q.video
-    return Case(x.id, x.question, x.options, x.answer, response, video, x.problem_type, x.record)
-
-
-def _seed(*parts) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
-
-
-def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, file: Path) -> str:
-    """A repaired rollout in the order of the method, as a picture 1,200 px wide in `file`, a .png,
-    and as text, in a .txt beside it and returned."""
-    sample, patch, s = question.sample, rollout.patch, rollout.score
-    evidence, *parts = render_patch(patch, question.video, question.spacing)
-    reward = f"R {s.accuracy:.2f} + R_fmt {s.format:.2f} - kappa {kappa:.2f}"
-    if lam * s.correct * rollout.align:
-        reward += f" + lambda {lam:.2f} x align {rollout.align:.2f}"
-    times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
-    given = [(i["image"], t["text"].strip(" \n:")) for t, i in zip(parts[::2], parts[1::2])]
+def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
+    """(heading, text, pictures with their labels) of each step of a repair."""
+    question, patch, repaired = chosen.question, chosen.patch, chosen.repaired
+    sample, score = question.sample, repaired.score
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
-    sections = [  # heading, text, pictures with their labels
+    times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
+    evidence = patch_text(patch, question.video, question.spacing, corners=False).strip()
+    pictures = patch_pictures(patch, question.video, question.spacing)
+    reward = f"R {score.accuracy:.2f} + R_fmt {score.format:.2f} - kappa {kappa:.2f}"
+    if lam * score.correct * chosen.align:
+        reward += f" + lambda {lam:.2f} x align {chosen.align:.2f}"
+    verdict = "right" if score.correct else "wrong"
+    return [
         (f"Question ({sample.problem_type})", asked, []),
-        ("The student sees", "", [*zip(question.frames, times)]),
-        ("First answer, wrong", rollout.failed.text.strip(), []),
+        ("The student sees", "", [*zip(times, question.frames)]),
+        ("First answer, wrong", chosen.unaided.text.strip(), []),
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
-        ("Fix: the evidence patch", evidence["text"].strip(), given),
-        (f"Reason: second answer, {['wrong', 'right'][s.correct]}", rollout.text.strip(), []),
-        ("Reward", f"{reward} = {rollout.reward:.2f}", []),
+        ("Fix: the evidence patch", evidence, pictures),
+        (f"Reason: second answer, {verdict}", repaired.text.strip(), []),
+        ("Reward", f"{reward} = {chosen.reward:.2f}", []),
     ]
+
+
+def draw_page(sections: list[tuple]) -> Image.Image:
+    """Headings, texts and rows of labelled pictures, one below the other."""
     page, y = Image.new("RGB", (1200, 8000), "white"), 24
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(19)
     for heading, text, pictures in sections:
@@ -350,101 +495,92 @@ def draw_repair(question: Question, rollout: Rollout, kappa: float, lam: float, 
         pen.text((24, y + 30), body, "black", font, spacing=7)
         y = pen.textbbox((24, y + 30), body, font, spacing=7)[3] + 12
         width, height = (192, 100) if len(pictures) > 6 else (384, 220)
-        for start in range(0, len(pictures), 1152 // width):
-            for x, (image, label) in zip(range(24, 1176, width), pictures[start:]):
-                pen.text((x, y), label, "gray", font)
-                page.paste(ImageOps.contain(image, (width - 12, height)), (x, y + 26))
-            y += height + 34
-    text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    page.crop((0, 0, page.width, y)).save(file)
-    return text
-
-
-def show_repair(config, questions: list[Question], groups: list, step: int) -> None:
-    """Draw the step's first repair that came out right."""
-    fixed = [
-        (q, r) for q, group in zip(questions, groups) for r in group if r.failed and r.score.correct
-    ]
-    for question, rollout in fixed[:1]:
-        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{question.sample.id}") + ".png"
-        draw_repair(question, rollout, config.kappa, config.lam, Path(config.out, "repairs", name))
-
-
-def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
-    """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
-    it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
-    student = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    file, processes = Path(student.config.out, f"{name}.jsonl"), accelerator.num_processes
-    rows = read_rows(file) if accelerator.is_main_process else []
-    rows = broadcast_object_list([rows])[0]
-    done = {row["id"] for row in rows}
-    left = [sample for sample in samples if sample.id not in done]
-    batches = range(0, len(left), at_once * processes)
-    for start in tqdm(batches, name, leave=False, disable=not accelerator.is_main_process):
-        mine = left[start + accelerator.process_index : start + at_once * processes : processes]
-        questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
-        with accelerator.autocast():
-            groups = find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
-        fresh = gather_object(
-            [
-                {
-                    "id": q.sample.id,
-                    "type": q.sample.problem_type,
-                    "source": q.sample.source,
-                    "unaided": r.first.score.correct,
-                    "assisted": r.score.correct,
-                }
-                for q, (r,) in zip(questions, groups)
-                if q.counts
-            ]
-        )
-        if accelerator.is_main_process:
-            add_rows(file, fresh)
-        rows += fresh
-    return rows
+        columns = 1152 // width
+        for k, (label, image) in enumerate(pictures):
+            x, row = 24 + width * (k % columns), y + (height + 34) * (k // columns)
+            pen.text((x, row), label, "gray", font)
+            page.paste(ImageOps.contain(image, (width - 12, height)), (x, row + 26))
+        y += (height + 34) * -(-len(pictures) // columns)
+    return page.crop((0, 0, page.width, y))
 
 
 # --- `python ffr.py VIDEO`: why did my model get this video wrong? ---
+@dataclass
+class Query:
+    """The question that is answered wrong."""
+
+    question: Annotated[str, "as the student is asked it"]
+    answer: Annotated[str, "the right one"]
+    model: Annotated[str, "the student: folder or hub name of a video VLM"]
+    options: Annotated[list[str], "as 'A. a dog' 'B. a cat'"] = field(default_factory=list)
+    problem_type: Annotated[str, "by default as the options say"] = ""
+    out: Annotated[str, "folder for why.png and why.txt"] = "runs/why"
+    seed: Annotated[int, "of what is sampled"] = 0
+
+
+def settings_parser(rooms: list, tiny: dict = {}, **settings) -> HfArgumentParser:
+    """A parser of settings dataclasses, each a group of --help by the first words of its docstring.
+    What a field is for stands in its annotation; `tiny` are other defaults, to be named."""
+    for room in rooms:
+        room._argument_group_name = room.__doc__.partition(".")[0]
+        hints = get_type_hints(room, include_extras=True)
+        for setting in fields(room):
+            (text,) = hints[setting.name].__metadata__
+            if setting.default not in ("", PROMPT, MISSING):
+                other = f"; tiny mode {tiny[setting.name]}" if setting.name in tiny else ""
+                text += f" [{setting.default}{other}]"
+            setting.metadata = {"help": text}
+    return HfArgumentParser(
+        rooms, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **settings
+    )
+
+
 def explain(arguments: list[str]) -> None:
     """One round on a video of one's own: prints what is repaired and draws it as OUT/why.png."""
-    import train  # which imports this file
-
-    parser = argparse.ArgumentParser(
-        "ffr.py",
-        allow_abbrev=False,
-        description=explain.__doc__,
-        epilog="Give --teacher_model, and what train.py takes.",
-    )
+    rooms = [Query, View, Method, SamplingSettings, TeacherSettings]
+    parser = settings_parser(rooms, prog="ffr.py", description=explain.__doc__)
     parser.add_argument("video", help="before any of the settings")
-    for name in ("--question", "--answer", "--model"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--options", nargs="*", default=[], help="as 'A. a dog' 'B. a cat'")
-    parser.add_argument("--problem_type", choices=SUFFIXES, help="by default as the options say")
-    x, others = parser.parse_known_args(arguments)
-    c = train.parse(["--teacher", "local", *others, "--model", x.model, "--data", x.video])
-    kind = x.problem_type or ("multiple choice" if x.options else "free-form")
-    sample = Sample("video", x.question, x.options, x.answer, kind, x.video)
+    parser.set_defaults(teacher="local")
+    config = parser.parse_args(arguments)
     try:
-        student = train.load_student(c, Accelerator(cpu=not torch.accelerator.is_available()))
-        teach = train.load_teacher(c, [sample], student.model.device)
-        asked = open_question(student, sample)
+        student = load_student(config)
+        teach = load_teacher(config, student.model.device, gate, answers, evidence={})
+        question = open_question(student, sample_of(config))
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
-    (group,) = find_fix_reason(student, [asked], c.num_rollouts, teach, c.kappa, c.lam, (c.seed,))
-    repairs = sorted((r for r in group if r.failed), key=lambda r: not r.score.correct)
-    print(
-        f"{sum(r.first.score.correct for r in group)} of {len(group)} right at first ({kind}), "
-        f"{sum(r.score.correct for r in repairs)} of {len(repairs)} with a patch."
+
+    (group,) = find_fix_reason(
+        student, [question], config.num_rollouts, teach, config.kappa, config.lam, (config.seed,)
     )
-    print(*dict.fromkeys(f"{r.text}\n  No patch ({r.error})" for r in group if r.error), sep="\n")
-    for repair in repairs[:1]:
-        text = draw_repair(asked, repair, c.kappa, c.lam, Path(c.out, "why.png"))
-        print(f"{text}\n\nAs a picture: {c.out}/why.png")
+    repairs = [chosen for chosen in group if chosen.repaired is not None]
+    repairs.sort(key=lambda chosen: not chosen.repaired.score.correct)  # a right one first
+    right = sum(chosen.unaided.score.correct for chosen in group)
+    fixed = sum(chosen.repaired.score.correct for chosen in repairs)
+    kind = question.sample.problem_type
+    print(f"{right} of {len(group)} right at first ({kind}), ", end="")
+    print(f"{fixed} of {len(repairs)} with a patch.")
+    failures = [
+        f"{chosen.unaided.text}\n  No patch ({chosen.error})" for chosen in group if chosen.error
+    ]
+    for words in dict.fromkeys(failures):
+        print(words)
+    if repairs:
+        file = Path(config.out, "why.png")
+        print(draw_repair(repairs[0], config.kappa, config.lam, file))
+        print(f"\nAs a picture: {file}")
+
+
+def load_student(config) -> Student:
+    model, processor = load_policy(config.model)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    sampling = load_sampling(config, model, processor)
+    return Student(model.to(device), processor, sampling, config)
+
+
+def sample_of(config) -> Sample:
+    kind = config.problem_type or ("multiple choice" if config.options else "free-form")
+    return Sample("video", config.question, config.options, config.answer, kind, config.video)
 
 
 if __name__ == "__main__":
-    import ffr  # this file once more, as train.py knows it
-
-    ffr.explain(sys.argv[1:])
+    explain(sys.argv[1:])

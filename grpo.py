@@ -18,10 +18,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import transformers
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
@@ -32,12 +34,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass
-class Sampling:
-    """How completions are sampled, and so how they are scored. The ids are a checkpoint's own."""
+class SamplingSettings:
+    """How completions are sampled, and so how they are scored."""
 
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 0.95
-    max_completion_length: int = 1024
+    temperature: Annotated[float, "of sampling, and so of the policy that is trained"] = 1.0
+    top_p: Annotated[float, "nucleus of sampling"] = 0.95
+    max_completion_length: Annotated[int, "tokens"] = 1024
+
+
+@dataclass
+class Sampling(SamplingSettings):
+    """The same with a checkpoint's own ids. A temperature of 0 is greedy."""
+
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     suppressed_ids: tuple[int, ...] = ()  # never sampled: a vision token claims missing pixels
@@ -47,12 +55,70 @@ class Sampling:
 class Objective:
     """What an update maximizes, and in which portions."""
 
-    epsilon: float = 0.2
-    beta: float = 0.04
-    num_updates: int = 1
-    max_grad_norm: float = 5.0
-    rollouts_at_once: int = 0  # episodes in one forward and backward; 0: all
-    row_tokens: int = 8192  # the most that a row shared by episodes may have
+    epsilon: Annotated[float, "ε of the clip (ours: the paper names none)"] = 0.2
+    beta: Annotated[float, "β, weight of KL(π_θ ‖ π_ref); 0 loads no reference model"] = 0.04
+    num_updates: Annotated[int, "μ, optimizer steps per batch of rollouts (ours)"] = 1
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 5.0
+    rollouts_at_once: Annotated[int, "per forward and backward, for memory; 0: all (ours)"] = 0
+    row_tokens: Annotated[int, "the most in a row that a group's rollouts share (ours)"] = 8192
+
+
+# --- a policy and its tokens, from a checkpoint ---
+GREETING = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+
+
+def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
+    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
+    round updates of 5e-6 away. Raises ValueError, one sentence, where it cannot be trained."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=attention or None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        opening = processor.apply_chat_template(
+            GREETING, tokenize=False, add_generation_prompt=True
+        )
+        vision = model.get_encoder("video")
+        vision.requires_grad_(not freeze_vision)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
+
+    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    for refused, why in [
+        (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
+        (not hasattr(processor, "video_processor"), "no video processor; save one there"),
+        (opening.rstrip().endswith("<think>"), "its chat template opens <think> itself"),
+        (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
+    ]:
+        if refused:
+            raise ValueError(f"{name}: {why}")
+    if hasattr(processor.image_processor, "crop_to_patches"):
+        # InternVL's default adds a dozen enlarged crops to each picture, whatever its size.
+        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+    return model, processor
+
+
+def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
+    """`settings` with a checkpoint's ids: each EOS ends; vision and padding are suppressed."""
+    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
+    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
+    never = (never | {pad_id}) - ends - {None}
+    return Sampling(
+        settings.temperature,
+        settings.top_p,
+        settings.max_completion_length,
+        eos_ids=tuple(ends),
+        pad_id=pad_id,
+        suppressed_ids=tuple(sorted(never)),
+    )
 
 
 # --- sampling ---

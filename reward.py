@@ -401,12 +401,19 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
     return "it tells the options apart" if told else None
 
 
-def gate(patch, case) -> str | None:
-    """Drop regions where a place is asked, times where a time is; return why words give y away."""
+def withhold(patch, case) -> None:
+    """Take the evidence away that would be the answer: regions where a place is asked, times where
+    a time is."""
     asked = asks_for(case.question)
-    patch.regions = [] if "place" in asked else patch.regions
+    if "place" in asked:
+        patch.regions = []
     if "time" in asked:
         patch.spans, patch.show_times = [], False
+
+
+def gate(patch, case) -> str | None:
+    """`withhold` evidence, then judge the words that are left: why they give y away, or None."""
+    withhold(patch, case)
     words = "; ".join([patch.guidance, *(region.what for region in patch.regions)])
     return leak(words, case.question, case.options, case.answer)
 
@@ -415,86 +422,3 @@ def answers(reply: str, case) -> bool:
     """Whether a brain that was asked a case's question, in the blind test, answers it right."""
     given, _, _ = reply.rpartition("<answer>")[2].partition("</answer>")
     return verify(given.strip(), case.answer, case.problem_type)
-
-
-# --- what judgements add up to ---
-def describe(question, r) -> dict:
-    """A chosen rollout in the numbers that `summarize` works on."""
-    frames, spans = (r.patch.key_frames, r.patch.spans) if r.patch else ([], [])
-    return {
-        "failure": not r.first.score.correct,
-        "intervention": r.failed is not None,
-        "reward": r.reward,
-        "format": r.score.format,
-        "truncated": not r.completion.finished,
-        "length": len(r.completion.ids),
-        "entropy": float(r.completion.entropy.sum()),
-        "fix": r.score.correct,
-        "align": r.align,
-        "cause": r.error and r.error.cause,
-        "detail": r.error and r.error.detail,
-        "patch_frames": len(frames),
-        "patch_seconds": sum(b - a + 1 for a, b in spans) / question.video.fps,
-        "sampled_tokens": sum(len(x.completion.ids) for x in (r, r.failed) if x),
-    }
-
-
-def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics (README, metric glossary) from every rollout and every process's update."""
-    repaired = [row for row in rows if row["intervention"]]
-    among = dict.fromkeys("failure intervention reward format truncated length".split(), rows)
-    among |= dict.fromkeys("fix align patch_frames patch_seconds".split(), repaired)
-    metrics = {k: sum(row[k] for row in part) / max(len(part), 1) for k, part in among.items()}
-    metrics["entropy"] = sum(r["entropy"] for r in rows) / max(sum(r["length"] for r in rows), 1)
-    metrics["sampled_tokens"] = sum(row["sampled_tokens"] for row in rows)
-    for name in updates[0]:
-        join = max if name in "logp_gap grad_norm seconds_round seconds_update".split() else sum
-        metrics[name] = join(update[name] for update in updates)
-    causes = [row["cause"] for row in rows if row["cause"]]
-    asked = max(metrics["teacher_calls"] + metrics["teacher_hits"], 1)
-    metrics |= {
-        "unaided": 1 - metrics["failure"] if rows else 0.0,
-        "teacher_failures": len(causes),
-        "won_per_call": sum(row["fix"] for row in repaired) / asked,
-    }
-    return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
-
-
-def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
-    """A run in figures: held-out accuracy before and after, and its first and last third."""
-    third = max(len(history) // 3, 1)  # of the steps
-    parts = {
-        "unaided_before": before,
-        "unaided_after": after,
-        "assisted_after": after,
-        "failure_first": history[:third],
-        "failure_last": history[-third:],
-        "intervention_first": history[:third],
-        "intervention_last": history[-third:],
-    }
-    figures = {
-        name: sum(row[name.split("_")[0]] for row in rows) / len(rows) if rows else None
-        for name, rows in parts.items()
-    }
-    repairs = max(sum(row["intervention"] for row in history), 1e-9)
-    fixed = sum(row["fix"] * row["intervention"] for row in history)
-    figures |= {"fix_rate": fixed / repairs, "teacher_failures": 0}
-    spent = {f"teacher_{name}" for name in "calls hits tokens seconds refused".split()}
-    for row in history:
-        for name in [key for key in row if key.startswith("teacher_") and key not in spent]:
-            figures[name] = figures.get(name, 0) + row[name]  # by cause
-    return figures
-
-
-def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
-    groups, table = {"all": rows}, {}
-    for name, row in ((f"{kind} {row[kind]}", row) for row in rows for kind in ("type", "source")):
-        groups.setdefault(name, []).append(row)
-    for name, group in groups.items():
-        n, z = max(len(group), 1), 1.96
-        share = sum(row["unaided"] for row in group) / n
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
-    return table

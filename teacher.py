@@ -44,7 +44,7 @@ PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the sam
 
 @dataclass
 class Settings:
-    """How the teacher is asked: train.py's flags."""
+    """The teacher."""
 
     teacher: Annotated[Literal["scripted", "local", "remote"], "the teacher's brain"] = "scripted"
     teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""

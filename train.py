@@ -1,41 +1,51 @@
 """Train a video student with Find, Fix, Reason; without `--model` a tiny one on needle videos."""
 
-import argparse
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple
 
+import numpy
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from PIL import Image
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 import data
 import ffr
 import grpo
 import teacher
-from data import pick
-from reward import accuracy, answers, describe, gate, summarize, summarize_run
+from ffr import Chosen, Question, Student, flat
+from reward import answers, gate
+
+HELPLESS = 10  # steps without any patch, after which the run stops
+NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
 
 
+# --- settings: each room's own, and the run's ---
 @dataclass
-class Config(teacher.Settings, data.Settings):
-    """Settings. Defaults are FFR's Table 8 unless marked (ours)."""
+class RunSettings:
+    """The run. Defaults are FFR's Table 8 unless marked (ours)."""
 
     model: Annotated[str, "student: folder or hub name of a video VLM; empty: tiny mode"] = ""
     out: Annotated[str, "folder for metrics, summary, repairs and weights (ours)"] = "runs/ffr"
@@ -43,50 +53,36 @@ class Config(teacher.Settings, data.Settings):
     resume: Annotated[bool, "go on with the run in --out, if there is one (ours)"] = False
     eval_only: Annotated[bool, "measure --model on --data, train nothing (ours)"] = False
     method: Annotated[Literal["ffr", "grpo"], "grpo has no teacher (ours)"] = "ffr"
-    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
-    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
-    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
-    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = ffr.PROMPT
     precision: Annotated[Literal["auto", "bf16", "fp32"], "auto: bf16 autocast on a GPU"] = "auto"
     attention: Annotated[str, "empty: transformers' choice; paper: flash_attention_2"] = ""
     lora_rank: Annotated[int, "train adapters of this rank, peft's LoRA; 0: all weights (ours)"] = 0
     gradient_checkpointing: Annotated[bool, "less memory, a second forward (ours)"] = False
     freeze_vision: Annotated[bool, "leave the vision tower as it is (ours)"] = False
-    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
-    frame_pixels: Annotated[int, "at most so many pixels in each of them"] = 128 * 28 * 28
-    picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
-    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    max_completion_length: Annotated[int, "tokens"] = 1024
-    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
-    temperature: Annotated[float, "of sampling, and so of the policy that is trained"] = 1.0
-    top_p: Annotated[float, "nucleus of sampling"] = 0.95
-    rollouts_at_once: Annotated[int, "per forward and backward, for memory; 0: all (ours)"] = 0
-    row_tokens: Annotated[int, "the most in a row that a group's rollouts share (ours)"] = 8192
-    beta: Annotated[float, "β, weight of KL(π_θ ‖ π_ref); 0 loads no reference model"] = 0.04
-    epsilon: Annotated[float, "ε of the clip (ours: the paper names none)"] = 0.2
     scale_rewards: Annotated[Literal["group", "batch", "none"], "std of the advantages"] = "group"
-    num_updates: Annotated[int, "μ, optimizer steps per batch of rollouts (ours)"] = 1
     learning_rate: Annotated[float, "peak, with a cosine to 0"] = 5e-6
     weight_decay: Annotated[float, "of AdamW"] = 0.01
-    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 5.0
     epochs: Annotated[int, "passes over the records"] = 1
     max_steps: Annotated[int, "steps; 0: as many as the epochs have (ours)"] = 0
     questions_per_device: Annotated[int, "questions per process and step"] = 1
     save_steps: Annotated[int, "steps between checkpoints (ours)"] = 200
     keep_checkpoints: Annotated[int, "the newest ones (ours)"] = 2
+    log_with: Annotated[str, "tensorboard, wandb, …: accelerate's trackers (ours)"] = ""
+    log_reliance: Annotated[bool, "what repairs owe to their patch: a forward more (ours)"] = False
 
 
-GROUPS = {
-    "data": "the data",
-    "teacher": "the teacher",
-    "model": "student and output",
-    "method": "the method",
-    "precision": "the model",
-    "num_frames": "what the student sees and may say",
-    "num_rollouts": "rollouts and objective",
-    "learning_rate": "optimization",
-    "save_steps": "checkpoints",
-}  # in --help, each from this setting on
+@dataclass
+class Config(
+    RunSettings,
+    data.Settings,
+    teacher.Settings,
+    ffr.View,
+    ffr.Method,
+    grpo.SamplingSettings,
+    grpo.Objective,
+):
+    """All settings; each room is given the whole and reads its own."""
+
+
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
 TINY = dict(
     out="runs/tiny",
@@ -100,43 +96,48 @@ TINY = dict(
     questions_per_device=4,
     max_steps=400,
 )
-HELLO = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-HELPLESS = 10  # steps without any patch, after which the run stops
-NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # videos, seed
-# May differ when a run is resumed.
-FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"} | {
-    f"teacher_{name}"
-    for name in "url device batch workers timeout step_timeout model max_tokens cache".split()
+# What may differ when a run is resumed.
+FREE = {
+    "versions",
+    "resume",
+    "out",
+    "save_steps",
+    "keep_checkpoints",
+    "log_with",
+    "log_reliance",
+    "decode_patience",
+    "teacher_url",
+    "teacher_device",
+    "teacher_batch",
+    "teacher_workers",
+    "teacher_timeout",
+    "teacher_step_timeout",
+    "teacher_model",
+    "teacher_max_tokens",
+    "teacher_cache",
 }
 
 
 def parse(arguments: list[str]) -> Config:
     """Read the settings and refuse what cannot be meant."""
-    tiny = {} if "--model" in [argument.split("=")[0] for argument in arguments] else TINY
-    parser = argparse.ArgumentParser(
-        "train.py",
-        "train.py [--model M --data FILE] [settings]",
-        allow_abbrev=False,
+    parser = ffr.settings_parser(
+        Config.__bases__,
+        tiny=TINY,
+        prog="train.py",
+        usage="train.py [--model M --data FILE] [settings]",
         description=f"{__doc__} Defaults, in brackets, are the paper's (Table 8), or (ours).",
     )
-    for f in fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        kind, text = get_args(f.type)
-        choices = ("True", "False") if kind is bool else get_args(kind)
-        if f.default not in ("", ffr.PROMPT):
-            text += f" [{f.default}{f'; tiny mode {TINY[f.name]}' if f.name in TINY else ''}]"
-        switch = dict(type=str.capitalize, nargs="?", const="True") if kind is bool else {}
-        group.add_argument(
-            f"--{f.name}",
-            default=tiny.get(f.name, f.default),
-            choices=choices or None,
-            help=text,
-            metavar="|".join(choices) or kind.__name__,
-            **{"type": type(f.default)} | switch,
-        )
-    words = {"True": True, "False": False}
-    c = Config(**{k: words.get(v, v) for k, v in vars(parser.parse_args(arguments)).items()})
+    if "--model" not in [argument.split("=")[0] for argument in arguments]:
+        parser.set_defaults(**TINY)
+    config = Config(**vars(parser.parse_args(arguments)))
+    validate(config)
+    return config
+
+
+def validate(c: Config) -> None:
+    """Exit with one sentence where settings cannot be meant."""
+    trackers = [name for name in c.log_with.split(",") if name]
+    known = [str(tracker) for tracker in get_available_trackers()]
     for refused, why in [
         (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
@@ -147,48 +148,441 @@ def parse(arguments: list[str]) -> Config:
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
         (c.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
+        ({*trackers} - {*known}, f"--log_with {c.log_with}: pip install it; here are {known}"),
         (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
         (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
     ]:
         if refused:
             raise SystemExit(f"train.py: {why}")
-    return c
 
 
-def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
-    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
-    round updates of 5e-6 away. Raises ValueError, one sentence, where it cannot be trained."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attention or None,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+# --- the loop ---
+def train(config, accelerator, student: Student, samples, teach, spare: Question) -> list[dict]:
+    """A round, its advantages, an update and the metrics, step by step; returns the metrics of all
+    steps. `spare` is a question that is known to open, for records that do not."""
+    steps = number_of_steps(config, accelerator, len(samples))
+    learner = prepare(config, accelerator, student, steps)
+    done, history = resume(config, accelerator)
+    bar = progress_bar(done, steps, accelerator)
+    with interruptible() as interrupts:
+        for step in bar:
+            began = time.time()
+            questions = open_questions(student, pick(samples, step, config, accelerator), spare)
+            spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
+            groups = one_round(config, accelerator, student, questions, teach, spent, step)
+            counted = [chosen for chosen in flat(groups) if chosen.question.counts]
+            rows = gather_object([describe(chosen) for chosen in counted])  # of all processes
+
+            middle = time.time()
+            set_advantages(groups, rows, config.scale_rewards)
+            figures = update(config, accelerator, student, learner, groups, rows, spare)
+            figures |= {f"teacher_{name}": count for name, count in spent.items()}
+            figures |= {
+                "seconds_round": middle - began,
+                "seconds_update": time.time() - middle,
+                "skipped": sum(not question.counts for question in questions),
+                "repaired_advantage": sum(c.advantage for c in counted if c.repaired),
+                "interrupts": len(interrupts),
+            }
+            figures = gather_object([figures])
+
+            history.append({"step": step + 1} | summarize(rows, figures))
+            report(config, accelerator, history[-1], groups, steps, bar)
+            end = watch_teacher(history[done:], rows, accelerator.is_main_process)
+            if any(own["interrupts"] for own in figures):
+                end = "interrupted"
+            if end or (step + 1) % config.save_steps == 0 or step + 1 == steps:
+                folder = save_checkpoint(config, accelerator, step + 1)
+            if end and step + 1 < steps:
+                accelerator.end_training()
+                raise SystemExit(
+                    f"train.py: {end} after step {step + 1}, saved in {folder}; "
+                    "the same command with --resume True goes on"
+                )
+    save_model(config, accelerator, student, learner.model)
+    return history
+
+
+class Learner(NamedTuple):
+    """What an update works on."""
+
+    model: torch.nn.Module  # the accelerator's
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    reference: torch.nn.Module | None  # π_ref
+
+
+def number_of_steps(config: Config, accelerator, records: int) -> int:
+    """Raises SystemExit where the records do not fill a step."""
+    per_step = config.questions_per_device * accelerator.num_processes
+    if records < per_step:
+        raise SystemExit(f"train.py: {records} records do not fill a step of {per_step}")
+    return config.max_steps or config.epochs * (records // per_step)
+
+
+def prepare(config: Config, accelerator, student: Student, steps: int) -> Learner:
+    """The model and optimizer as accelerate wants them; the student keeps the unwrapped model."""
+    model = student.model
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=decay)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
+    reference = reference_policy(config, accelerator, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Else accelerate casts all logits to fp32 at once; `grpo.chosen_logps` does so in chunks.
+    student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.register_for_checkpointing(scheduler)
+    return Learner(model, optimizer, scheduler, reference)
+
+
+def progress_bar(done: int, steps: int, accelerator) -> tqdm:
+    return tqdm(
+        range(done, steps),
+        total=steps,
+        initial=done,
+        disable=not accelerator.is_main_process,
+        bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]",
+    )
+
+
+def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[data.Sample]:
+    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
+    count = config.questions_per_device
+    per_step = count * accelerator.num_processes
+    epoch, step_of_epoch = divmod(step, len(samples) // per_step)
+    shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+    order = torch.randperm(len(samples), generator=shuffle).tolist()
+    start = step_of_epoch * per_step + accelerator.process_index * count
+    return [samples[i] for i in order[start : start + count]]
+
+
+def open_questions(student: Student, samples: list, spare: Question) -> list[Question]:
+    """Open each sample. `spare` stands in for one that fails, so that processes keep in step."""
+    questions = []
+    for sample in samples:
+        try:
+            questions.append(ffr.open_question(student, sample))
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            questions.append(replace(spare, counts=False))
+    return questions
+
+
+def one_round(config, accelerator, student, questions, teach, spent: Counter, step: int) -> list:
+    """G rollouts per question, failures repaired, τ̂ chosen."""
+    ask = None if teach is None else partial(teach, spent=spent)
+    seed = (config.seed, step)
+    with accelerator.autocast():
+        groups = ffr.find_fix_reason(
+            student, questions, config.num_rollouts, ask, config.kappa, config.lam, seed
         )
-        opening = processor.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
-        vision = model.get_encoder("video")
-        vision.requires_grad_(not freeze_vision)
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
-
-    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    for refused, why in [
-        (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
-        (not hasattr(processor, "video_processor"), "no video processor; save one there"),
-        (opening.rstrip().endswith("<think>"), "its chat template opens <think> itself"),
-        (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
-    ]:
-        if refused:
-            raise ValueError(f"{name}: {why}")
-    if hasattr(processor.image_processor, "crop_to_patches"):
-        # InternVL's default adds a dozen enlarged crops to each picture, whatever its size.
-        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
-    return model, processor
+        if config.log_reliance:
+            ffr.measure_reliance(student, groups)
+    return groups
 
 
+def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> None:
+    """A_i within each group; the std of a batch is of all processes' rollouts that count."""
+    rewards = torch.tensor([[chosen.reward for chosen in group] for group in groups])
+    batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
+    advantages = grpo.group_advantages(rewards, scale, batch_std)  # (questions, G)
+    for chosen, advantage in zip(flat(groups), advantages.flatten().tolist()):
+        chosen.advantage = advantage
+
+
+def update(config, accelerator, student, learner: Learner, groups, rows, spare) -> dict:
+    """J(θ) on the chosen rollouts' own tokens, under their own prompts."""
+    prompts, trained = ffr.episodes(groups)
+    tokens = max(sum(row["length"] for row in rows), 1)  # Σ|τ̂_i| of all processes
+    stand_in = ffr.stand_in(student, spare) if grpo.is_sharded(learner.model) else None
+    figures = grpo.update(
+        accelerator,
+        learner.model,
+        learner.optimizer,
+        grpo.Batch(prompts, trained, tokens, stand_in),
+        student.sampling,
+        config,
+        learner.reference,
+    )
+    learner.scheduler.step()
+    return figures
+
+
+def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
+    """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
+    Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
+    words = {}  # of each cause, those of its first failure in this step
+    for row in rows:
+        if row["cause"]:
+            words.setdefault(row["cause"], f"{row['cause']}: {row['detail']}")
+    news = []
+    for cause, said in words.items():
+        if not any(f"teacher_{cause}" in metrics for metrics in history[:-1]):
+            news.append(said)
+    if words and not history[-1]["intervention"]:
+        news.append(f"no failed rollout of step {history[-1]['step']} got a patch")
+    for line in news if tell else []:
+        tqdm.write(f"teacher: {line}")
+
+    asked = [row for row in history if row["teacher_failures"] or row["intervention"]][-HELPLESS:]
+    helped = any(metrics["intervention"] for metrics in asked)
+    if words and len(asked) == HELPLESS and not helped:
+        return f"the teacher helped nobody in {HELPLESS} steps ({[*words.values()][0]}): stopped"
+    return None
+
+
+@contextmanager
+def interruptible():
+    """Yields a list. A first Ctrl-C only puts its time there, so that the step can be finished and
+    saved; a second one leaves at once. (torchrun passes on what the terminal has sent already.)"""
+    interrupts = []
+
+    def note(signal_number, frame):
+        if interrupts and time.monotonic() - interrupts[0] > 1:
+            raise KeyboardInterrupt
+        if not interrupts:
+            interrupts.append(time.monotonic())
+            tqdm.write("Ctrl-C: this step is finished and saved; once more leaves at once")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- metrics: what stands in metrics.jsonl (README, glossary) ---
+def describe(chosen: Chosen) -> dict:
+    """A chosen rollout in the numbers that `summarize` works on."""
+    patch, error = chosen.patch, chosen.error
+    rollout, fps = chosen.rollout, chosen.question.video.fps
+    completions = [chosen.unaided.completion]
+    if chosen.repaired is not None:
+        completions.append(chosen.repaired.completion)
+    return {
+        "unaided": chosen.unaided.score.correct,
+        "repaired": chosen.repaired is not None,
+        "right": rollout.score.correct,
+        "reward": chosen.reward,
+        "format": rollout.score.format,
+        "align": chosen.align,
+        "reliance": chosen.reliance,
+        "truncated": not rollout.completion.finished,
+        "length": len(rollout.completion.ids),
+        "sampled_tokens": sum(len(completion.ids) for completion in completions),
+        "entropy": float(rollout.completion.entropy.sum()),
+        "patch_frames": len(patch.key_frames) if patch else 0,
+        "patch_seconds": sum(b - a + 1 for a, b in patch.spans) / fps if patch else 0,
+        "cause": error and error.cause,
+        "detail": error and error.detail,
+    }
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / max(len(rows), 1)
+
+
+def total(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows)
+
+
+def largest(rows: list[dict], name: str) -> float:
+    return max(row[name] for row in rows)
+
+
+def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
+    """A step's metrics, from `rows` of its rollouts and `updates`, the figures of its processes."""
+    repaired = [row for row in rows if row["repaired"]]
+    causes = [row["cause"] for row in rows if row["cause"]]
+    turns = total(updates, "teacher_calls") + total(updates, "teacher_hits")
+    metrics = {
+        "unaided": mean(rows, "unaided"),
+        "failure": 1 - mean(rows, "unaided") if rows else 0.0,
+        "intervention": mean(rows, "repaired"),
+        "fix": mean(repaired, "right"),
+        "reward": mean(rows, "reward"),
+        "format": mean(rows, "format"),
+        "align": mean(repaired, "align"),
+        "reliance": mean(repaired, "reliance"),
+        "repaired_advantage": total(updates, "repaired_advantage") / max(len(repaired), 1),
+        "truncated": mean(rows, "truncated"),
+        "length": mean(rows, "length"),
+        "sampled_tokens": total(rows, "sampled_tokens"),
+        "entropy": total(rows, "entropy") / max(total(rows, "length"), 1),
+        "patch_frames": mean(repaired, "patch_frames"),
+        "patch_seconds": mean(repaired, "patch_seconds"),
+        "loss": total(updates, "loss"),
+        "kl": total(updates, "kl"),
+        "clipped": total(updates, "clipped"),
+        "grad_norm": largest(updates, "grad_norm"),
+        "logp_gap": largest(updates, "logp_gap"),
+        "skipped": float(total(updates, "skipped")),
+        "seconds_round": largest(updates, "seconds_round"),
+        "seconds_update": largest(updates, "seconds_update"),
+        "teacher_calls": total(updates, "teacher_calls"),
+        "teacher_hits": total(updates, "teacher_hits"),
+        "teacher_tokens": total(updates, "teacher_tokens"),
+        "teacher_seconds": total(updates, "teacher_seconds"),
+        "teacher_refused": total(updates, "teacher_refused"),
+        "won_per_call": total(repaired, "right") / max(turns, 1),
+        "teacher_failures": len(causes),
+    }
+    return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
+
+
+def report(config, accelerator, metrics: dict, groups, steps: int, bar: tqdm) -> None:
+    """A step's metrics to metrics.jsonl, the trackers and the progress line; now and then a repair
+    is drawn, eight in a run."""
+    step = metrics["step"]
+    bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
+    accelerator.log(metrics, step=step)
+    if accelerator.is_main_process:
+        add_rows(Path(config.out, "metrics.jsonl"), [metrics])
+        drawn = [*Path(config.out, "repairs").glob("*.txt")]
+        if len(drawn) * steps <= 8 * (step - 1):
+            show_repair(config, accelerator, groups, step, drawn)
+
+
+def show_repair(config, accelerator, groups, step: int, drawn: list[Path]) -> None:
+    """Draw the step's first repair that came out right; one in four, that did not."""
+    repairs = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    right = [chosen for chosen in repairs if chosen.repaired.score.correct]
+    wrong = [chosen for chosen in repairs if not chosen.repaired.score.correct]
+    wrong_drawn = sum(file.stem.endswith("-wrong") for file in drawn)
+    candidates = right
+    if not drawn:
+        candidates = right + wrong
+    elif 4 * wrong_drawn < len(drawn):
+        candidates = wrong + right
+    for chosen in candidates[:1]:
+        verdict = "right" if chosen.repaired.score.correct else "wrong"
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{chosen.question.sample.id}-{verdict}")
+        file = Path(config.out, "repairs", f"{name}.png")
+        ffr.draw_repair(chosen, config.kappa, config.lam, file)
+        track_picture(accelerator, file, step)
+
+
+def track_picture(accelerator, file: Path, step: int) -> None:
+    """Give a repair's picture to the trackers that take pictures in lists."""
+    picture = numpy.asarray(Image.open(file))[None]  # (1, height, width, 3)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"repair": picture}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"repair": picture}, step=step)
+
+
+# --- evaluation and a run in figures ---
+def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
+    """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
+    it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
+    student = replace(student, sampling=replace(student.sampling, temperature=0.0))
+    file, processes = Path(student.view.out, f"{name}.jsonl"), accelerator.num_processes
+    rows = same_on_all(read_rows(file) if accelerator.is_main_process else [])
+    done = {row["id"] for row in rows}
+    left = [sample for sample in samples if sample.id not in done]
+    starts = range(0, len(left), at_once * processes)
+    for start in tqdm(starts, name, leave=False, disable=not accelerator.is_main_process):
+        batch = left[start : start + at_once * processes]
+        mine = batch[accelerator.process_index :: processes]
+        questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
+        with accelerator.autocast():
+            groups = ffr.find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
+        fresh = []
+        for chosen in flat(groups):
+            sample = chosen.question.sample
+            row = {"id": sample.id, "type": sample.problem_type, "source": sample.source}
+            row["unaided"] = chosen.unaided.score.correct
+            row["assisted"] = chosen.rollout.score.correct
+            fresh += [row] if chosen.question.counts else []
+        fresh = gather_object(fresh)
+        if accelerator.is_main_process:
+            add_rows(file, fresh)
+        rows += fresh
+    return rows
+
+
+def accuracy(rows: list[dict]) -> dict[str, dict]:
+    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
+    groups = {"all": rows}
+    for row in rows:
+        for kind in ("type", "source"):
+            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+    table = {}
+    for name, group in groups.items():
+        n, z = max(len(group), 1), 1.96
+        share = mean(group, "unaided")
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
+    return table
+
+
+def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
+    """A run in figures: held-out accuracy before and after, and its first and last third."""
+    third = max(len(history) // 3, 1)  # of the steps
+    first, last = history[:third], history[-third:]
+    repairs = sum(row["intervention"] for row in history)
+    fixed = sum(row["fix"] * row["intervention"] for row in history)
+    figures = {
+        "unaided_before": mean(before, "unaided") if before else None,
+        "unaided_after": mean(after, "unaided") if after else None,
+        "assisted_after": mean(after, "assisted") if after else None,
+        "failure_first": mean(first, "failure"),
+        "failure_last": mean(last, "failure"),
+        "intervention_first": mean(first, "intervention"),
+        "intervention_last": mean(last, "intervention"),
+        "fix_rate": fixed / repairs if repairs else None,
+        "teacher_failures": total(history, "teacher_failures"),
+    }
+    for row in history:
+        for name, count in row.items():
+            if name.startswith("teacher_") and name not in TEACHER_METRICS:
+                figures[name] = figures.get(name, 0) + count  # by cause
+    return figures
+
+
+# Those of `summarize`; the others that begin so are failures by cause.
+TEACHER_METRICS = {
+    "teacher_calls",
+    "teacher_hits",
+    "teacher_tokens",
+    "teacher_seconds",
+    "teacher_refused",
+    "teacher_failures",
+}
+MEANINGS = {
+    "unaided_before": "held-out questions answered right before training",
+    "unaided_after": "and after it",
+    "assisted_after": "and with a patch where the answer was wrong",
+    "failure_first": "first answers that are wrong, first third of the steps",
+    "failure_last": "and last third",
+    "intervention_first": "patches over first answers, first third",
+    "intervention_last": "and last third",
+    "fix_rate": "second answers that are right",
+    "teacher_failures": "wrong answers that got no patch",
+    "seconds": "with both evaluations",
+}
+
+
+def print_table(figures: dict) -> None:
+    """The run's figures, with a word on each."""
+    print()
+    for name, value in figures.items():
+        words = MEANINGS.get(name, "")
+        if value is None:
+            words = "no --eval_data, so nothing was asked"
+            if name == "fix_rate":
+                causes = [key for key in figures if key.startswith("teacher_")]
+                counts = ", ".join(f"{key} {figures[key]}" for key in causes if figures[key])
+                words = f"no patch was given ({counts or 'none was asked for'})"
+        elif isinstance(value, dict):
+            words = "95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
+            value = value["accuracy"]
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        print(f"  {name:20} {shown:8} {words}".rstrip())
+
+
+# --- the student and the teacher ---
 def add_adapters(model, rank: int):
     """The model, frozen, with trainable adapters (LoRA) beside the linear parts of its text layers.
     They begin at 0: the policy is as it was until the first update."""
@@ -200,249 +594,275 @@ def add_adapters(model, rank: int):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear))
 
 
-def reference_policy(c: Config, accelerator, model):
+def store_linears_in_bf16(model) -> None:
+    """Halve frozen linear layers. Autocast casts their weights at each call, so nothing changes;
+    norms and embeddings, tied ones too, it leaves in fp32, and so does this."""
+    tied = model.get_input_embeddings().weight
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            part.to(torch.float32 if part.weight is tied else torch.bfloat16)
+
+
+def reference_policy(config: Config, accelerator, model):
     """π_ref, the policy before training: None at β = 0; with adapters the model itself, called
     without them; else a frozen copy. `model` is not yet the accelerator's."""
-    if c.lora_rank or c.beta == 0:
-        return model if c.beta > 0 else None
+    if config.lora_rank or config.beta == 0:
+        return model if config.beta > 0 else None
     reference = deepcopy(model).eval().requires_grad_(False)
     if accelerator.is_fsdp2:
         reference = fsdp2_prepare_model(accelerator, reference)
         reference.set_reshard_after_forward(True)  # no backward comes that would do it
     elif accelerator.mixed_precision == "bf16":
-        ffr.store_linears_in_bf16(reference)
+        store_linears_in_bf16(reference)
     return reference
 
 
-def load_student(c: Config, accelerator: Accelerator) -> ffr.Student:
+def load_student(config: Config, accelerator: Accelerator) -> Student:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, processor = load_policy(c.model, c.attention, c.freeze_vision)
-    if getattr(model, "_hf_peft_config_loaded", False) and not c.eval_only:
-        raise ValueError(f"{c.model} holds adapters; merge them into their base (README)")
-    if c.lora_rank:
-        torch.manual_seed(c.seed)  # half of the adapters begin at random, on all ranks alike
-        model = add_adapters(model, c.lora_rank)
-    if c.gradient_checkpointing:
+    model, processor = grpo.load_policy(config.model, config.attention, config.freeze_vision)
+    if getattr(model, "_hf_peft_config_loaded", False) and not config.eval_only:
+        raise ValueError(f"{config.model} holds adapters; merge them into their base (README)")
+    if config.lora_rank:
+        torch.manual_seed(config.seed)  # half of the adapters begin at random, on all ranks alike
+        model = add_adapters(model, config.lora_rank)
+    if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if c.lora_rank and accelerator.mixed_precision == "bf16":
-        ffr.store_linears_in_bf16(model)
-    settings = (c.temperature, c.top_p, c.max_completion_length)
-    sampling = grpo.Sampling(*settings, **ffr.token_ids(model, processor))
-    return ffr.Student(model.to(accelerator.device), processor, sampling, c)
+    if config.lora_rank and accelerator.mixed_precision == "bf16":
+        store_linears_in_bf16(model)
+    sampling = grpo.load_sampling(config, model, processor)
+    return Student(model.to(accelerator.device), processor, sampling, view=config)
 
 
-def load_teacher(c: Config, samples: list[data.Sample], device):
+def load_teacher(config: Config, samples: list[data.Sample], device):
     """The brain that the settings name, inside the protocol of teacher.py."""
-    if c.method == "grpo" or c.eval_only:  # at test time there is no teacher
+    if config.method == "grpo" or config.eval_only:  # at test time there is no teacher
         return None
-    Path(c.teacher_cache or c.out).mkdir(parents=True, exist_ok=True)  # or say so now
+    Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
     evidence = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
-    try:
-        return teacher.load_teacher(c, device, gate, answers, evidence)
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from error
+    return teacher.load_teacher(config, device, gate, answers, evidence)
 
 
-def train(c: Config, accelerator, student, samples, teach, spare) -> list[dict]:
-    """The loop; returns every step's metrics. `spare`: a question that is known to open."""
-    per_step = c.questions_per_device * accelerator.num_processes
-    if len(samples) < per_step:
-        raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
-    steps = c.max_steps or c.epochs * (len(samples) // per_step)
-    model = student.model
-    optimizer = torch.optim.AdamW(model.parameters(), c.learning_rate, weight_decay=c.weight_decay)
-    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
-    reference = reference_policy(c, accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # Else accelerate casts all logits to fp32 at once; `grpo.chosen_logps` does so in chunks.
-    student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.register_for_checkpointing(scheduler)
-    saved = max(Path(c.out, "checkpoints").glob("[0-9]*"), default=None) if c.resume else None
-    if saved:
-        accelerator.load_state(str(saved))
-    objective = grpo.Objective(**{name: getattr(c, name) for name in vars(grpo.Objective())})
-    done, metrics_file = int(saved.name) if saved else 0, Path(c.out, "metrics.jsonl")
-    history = data.read_rows(metrics_file, done) if accelerator.is_main_process else []
-    history = broadcast_object_list([history])[0]
-    shape = "step {n} of {total} [{elapsed}<{remaining}{postfix}]"
-    quiet = not accelerator.is_main_process
-    bar = tqdm(range(done, steps), total=steps, initial=done, disable=quiet, bar_format=shape)
-    for step in bar:
-        began = time.time()
-        # One round: G rollouts per question, failures repaired, τ̂ chosen
-        questions = ffr.open_questions(student, pick(samples, step, c, accelerator), spare)
-        spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
-        ask = teach and partial(teach, spent=spent)
-        with accelerator.autocast():
-            groups = ffr.find_fix_reason(
-                student, questions, c.num_rollouts, ask, c.kappa, c.lam, (c.seed, step)
-            )
-        chosen = [(q, r) for q, group in zip(questions, groups) for r in group]
-        rows = gather_object([describe(q, r) for q, r in chosen if q.counts])
-        # A_i within each group; the rows, and so the batch's std, are of all processes
-        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (questions, G)
-        std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
-        advantages = grpo.group_advantages(rewards, c.scale_rewards, std).flatten().tolist()
-        # J(θ) on the chosen rollouts' own tokens, under their own prompts
-        middle, tokens = time.time(), max(sum(row["length"] for row in rows), 1)
-        prompts, trained = ffr.episodes(questions, groups, advantages)
-        stand_in = ffr.stand_in(student, spare) if grpo.is_sharded(model) else None
-        batch = grpo.Batch(prompts, trained, tokens, stand_in)
-        figures = grpo.update(
-            accelerator, model, optimizer, batch, student.sampling, objective, reference
-        )
-        scheduler.step()
-        repaired = sum(a for (_, r), a in zip(chosen, advantages) if r.failed)
-        figures |= {
-            "seconds_round": middle - began,
-            "seconds_update": time.time() - middle,
-            "skipped": float(sum(not q.counts for q in questions)),
-            **{f"teacher_{name}": count for name, count in spent.items()},
-            "repaired_advantage": repaired / max(sum(r["intervention"] for r in rows), 1),
-        }
-        metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
-        history.append(metrics)
-        if accelerator.is_main_process:
-            data.add_rows(metrics_file, [metrics])
-            if len([*Path(c.out, "repairs").glob("*.txt")]) * steps <= 8 * step:  # 8 in a run
-                ffr.show_repair(c, questions, groups, step + 1)
-        bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
-        useless = watch_teacher(history[done:], rows, accelerator.is_main_process)
-        if (step + 1) % c.save_steps == 0 or step + 1 == steps or useless:
-            save_checkpoint(accelerator, c, step + 1)
-        if useless:
-            accelerator.wait_for_everyone()
-            raise SystemExit(f"train.py: {useless}; step {step + 1} is saved: mend it and --resume")
-    weights = accelerator.get_state_dict(model)  # whole, where they are sharded
-    if accelerator.is_main_process:
-        shutil.rmtree(f"{c.out}/model", ignore_errors=True)  # weights and adapters do not mix
-        student.model.save_pretrained(f"{c.out}/model", state_dict=weights)
-        student.processor.save_pretrained(f"{c.out}/model")
-    return history
+# --- what a run keeps ---
+def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
+    """The rows of a file, less a line that was cut off and those of steps after `last`."""
+    if not file.is_file():
+        return []
+    rows, size = [], 0
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            row = json.loads(line)
+            if row.get("step", 0) <= last:
+                rows.append(row)
+                size += len(line)
+    os.truncate(file, size)
+    return rows
 
 
-def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
-    """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
-    Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
-    said = {r["cause"]: f"{r['cause']}: {r['detail']}" for r in reversed(rows) if r["cause"]}
-    news = [said[cause] for cause in said if not any(f"teacher_{cause}" in m for m in history[:-1])]
-    if said and not history[-1]["intervention"]:
-        news.append(f"no failed rollout of step {history[-1]['step']} got a patch")
-    for line in news if tell else []:
-        tqdm.write(f"teacher: {line}")
-    asked = [m for m in history if m["teacher_failures"] or m["intervention"]][-HELPLESS:]
-    if said and len(asked) == HELPLESS and not any(m["intervention"] for m in asked):
-        return f"the teacher helped nobody in {HELPLESS} steps ({[*said.values()][-1]})"
+def add_rows(file: Path, rows: list[dict]) -> None:
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def save_checkpoint(accelerator, c: Config, step: int) -> None:
-    """Weights, optimizer, schedule and random states, whole or not at all; the oldest go."""
-    folder = Path(c.out, "checkpoints")
+def same_on_all(rows: list[dict]) -> list[dict]:
+    """The main process's rows, on every process."""
+    return broadcast_object_list([rows])[0]
+
+
+def resume(config: Config, accelerator) -> tuple[int, list[dict]]:
+    """Load the newest checkpoint, if the run goes on: the steps done, and their metrics."""
+    folder = newest_checkpoint(config) if config.resume else None
+    if folder:
+        accelerator.load_state(str(folder))
+    done = int(folder.name) if folder else 0
+    file = Path(config.out, "metrics.jsonl")
+    return done, same_on_all(read_rows(file, done) if accelerator.is_main_process else [])
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    return max(Path(config.out, "checkpoints").glob("[0-9]*"), default=None)
+
+
+def save_checkpoint(config: Config, accelerator, step: int) -> Path:
+    """Weights, optimizer, schedule and random states, whole or not at all; the oldest go. (The
+    accelerator's own rotation removes old ones first, and can leave half of a new one.)"""
+    folder = Path(config.out, "checkpoints")
     try:
         accelerator.save_state(str(folder / "part"))
-    except (OSError, RuntimeError, SafetensorError) as error:  # ends the run, on every rank
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        full = re.search("No space|too large|write failed|quota", str(error), re.IGNORECASE)
+        what = f"no room for a checkpoint of step {step}?" if full else f"no checkpoint of {step}:"
         raise SystemExit(
-            f"train.py: no room for a checkpoint of step {step}? ({error}) Mend that "
-            f"and --resume from {max(folder.glob('[0-9]*'), default=None)}"
+            f"train.py: {what} ({' '.join(str(error).split())}) Mend that and --resume True "
+            f"goes on from {newest_checkpoint(config)}"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / "part").rename(folder / f"{step:06d}")
-        for old in sorted(folder.glob("[0-9]*"))[: -c.keep_checkpoints]:
+        for old in sorted(folder.glob("[0-9]*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)
+    return folder / f"{step:06d}"
 
 
-def open_run(c: Config, processes: int) -> None:
+def save_model(config: Config, accelerator, student: Student, model) -> None:
+    weights = accelerator.get_state_dict(model)  # whole, where they are sharded
+    if accelerator.is_main_process:
+        folder = Path(config.out, "model")
+        shutil.rmtree(folder, ignore_errors=True)  # weights and adapters do not mix
+        student.model.save_pretrained(folder, state_dict=weights)
+        student.processor.save_pretrained(folder)
+
+
+def open_run(config: Config, processes: int) -> None:
     """Write the manifest: all that a run's figures depend on. --resume refuses where it differs;
     without it, a run in OUT is refused (in tiny mode it is replaced)."""
-    out = Path(c.out)
-    file = out / ("evaluation.manifest.json" if c.eval_only else "manifest.json")
-    now = vars(c) | {
-        "processes": processes,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-    }
-    now["sha256"] = {path: data.digest(path) for path in (c.data, c.eval_data, c.skip) if path}
+    out = Path(config.out)
+    file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
+    now = vars(config) | {"processes": processes}
+    now["versions"] = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    files = [path for path in (config.data, config.eval_data, config.skip) if path]
+    now["sha256"] = {path: data.digest(path) for path in files}
     then = json.loads(file.read_text()) if file.is_file() and any(out.glob("*.jsonl")) else {}
-    differ = ", ".join(k for k in now if k not in FREE and then.get(k) != now[k])
-    if then and c.resume and differ:
+    differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
+    if then and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    if then and c.model and not c.resume:
+    if then and config.model and not config.resume:
         raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
-    if not c.model and not c.resume:
-        for name in ("metrics.jsonl", "before.jsonl", "after.jsonl"):
-            Path(out, name).unlink(missing_ok=True)
-        for name in ("checkpoints", "repairs"):
-            shutil.rmtree(out / name, ignore_errors=True)
+    if not config.model and not config.resume:
+        remove_run(out)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def main() -> None:
-    c, began = parse(sys.argv[1:]), time.time()
+def remove_run(out: Path) -> None:
+    """Remove all that a run writes into its folder, and nothing else."""
+    names = ["manifest.json", "summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl"]
+    names += ["checkpoints", "repairs", "model", "ffr"]
+    found = [out / name for name in names if (out / name).exists()]
+    if found:
+        print(f"train.py: {out} held a tiny run, which this one replaces")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# --- main ---
+def start(config: Config) -> Accelerator:
+    """The accelerator, for the devices and processes that there are. Raises ValueError."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
-    precision = {"auto": None if cpu else "bf16", "bf16": "bf16", "fp32": "no"}[c.precision]
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=1800 + 2 * c.teacher_step_timeout))
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise SystemExit("train.py: the launcher's processes did not join; see `accelerate env`")
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED") and not accelerator.is_fsdp2:
-        raise SystemExit(
-            "train.py: parameters are sharded by FSDP2 only: --use_fsdp --fsdp_version 2"
+    precision = {"auto": None if cpu else "bf16", "bf16": "bf16", "fp32": "no"}[config.precision]
+    patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=config.log_with.split(",") if config.log_with else None,
+        project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
+    processes = accelerator.num_processes
+    if processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError("the launcher's processes did not join; see `accelerate env`")
+    if processes == 1 and re.search(r"--num_processes[ =]([2-9]|1\d)", of_launcher("cmdline")):
+        raise ValueError(
+            "on a CPU accelerate launch starts one process, whatever --num_processes says; "
+            "`torchrun --nproc_per_node N train.py` starts N"
         )
-    if cpu:  # the launchers leave one thread to each process
-        torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // accelerator.num_processes)))
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED") and not accelerator.is_fsdp2:
+        raise ValueError("parameters are sharded by FSDP2 only: --use_fsdp --fsdp_version 2")
+    if cpu:
+        torch.set_num_threads(threads_of(processes))
+    return accelerator
+
+
+def threads_of(processes: int) -> int:
+    """Threads of each process: the user's OMP_NUM_THREADS, else what the machine has, up to 4."""
+    environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
+    users = re.search(r"\bOMP_NUM_THREADS=(\d+)", of_launcher("environ") or environment)
+    if users:
+        return int(users[1])
+    return max(1, min(4, len(os.sched_getaffinity(0)) // processes))
+
+
+def of_launcher(what: str) -> str:
+    """A launcher's "cmdline" or "environ", which it changes for its children; "" without one."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    file = Path(f"/proc/{os.getppid()}/{what}")
+    if not launched or not file.exists():
+        return ""
+    return file.read_text(errors="replace").replace("\0", " ")
+
+
+def tiny_run(config: Config, accelerator) -> Config:
+    """Tiny mode's settings: the shipped cold start, and needle videos, which are written here."""
+    ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
+    accelerator.print("Tiny mode; in brackets, with --model:", *ours[2:], sep="\n  ")
+    if accelerator.is_main_process:
+        for name, (count, seed) in NEEDLES.items():
+            data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
+    return replace(
+        config,
+        model=str(Path(__file__).parent / "assets" / "tiny"),
+        data=f"{config.out}/train/records.jsonl",
+        eval_data=f"{config.out}/held_out/records.jsonl",
+    )
+
+
+def load_records(config: Config, accelerator) -> tuple[list, list]:
+    """Training and held-out records, all of whose videos open."""
+    samples = data.load_samples(config.data, config.video_root, config.skip)
+    held_out = []
+    if config.eval_data:
+        held_out = data.load_samples(config.eval_data, config.video_root)
+    if accelerator.is_main_process:
+        data.refuse_broken(samples, config.data, config.skip, config.decode_patience)
+        data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)
+    return samples, held_out
+
+
+def longest(samples: list[data.Sample]) -> data.Sample:
+    """The record with the longest text: if its prompt is within the limit, so are the others'."""
+    return max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
+
+
+def main() -> None:
+    config, began = parse(sys.argv[1:]), time.time()
     try:
+        accelerator = start(config)
         if accelerator.is_main_process:
-            open_run(c, accelerator.num_processes)
-        if not c.model:
-            ours = [f"{name} {getattr(c, name)} ({getattr(Config, name)})" for name in TINY]
-            accelerator.print("Tiny mode; in brackets, with --model:", *ours[2:], sep="\n  ")
-            c = replace(
-                c,
-                model=str(Path(__file__).parent / "assets" / "tiny"),
-                data=f"{c.out}/train/records.jsonl",
-                eval_data=f"{c.out}/held_out/records.jsonl",
-            )
-            for name, (count, seed) in NEEDLES.items() if accelerator.is_main_process else ():
-                data.needle_videos(f"{c.out}/{name}", count, seed + 10 * c.seed)
+            open_run(config, accelerator.num_processes)
+        if not config.model:
+            config = tiny_run(config, accelerator)
         accelerator.wait_for_everyone()
-        samples = data.load_samples(c.data, c.video_root, c.skip)
-        held_out = c.eval_data and data.load_samples(c.eval_data, c.video_root) or []
-        if accelerator.is_main_process:
-            data.refuse_broken(samples, c.data, c.skip, c.decode_patience)
-            data.refuse_broken(held_out, c.eval_data, patience=c.decode_patience)
-        student = load_student(c, accelerator)
-        teach = load_teacher(c, samples + held_out, accelerator.device)
-        longest = max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
-        spare = ffr.open_question(student, longest)  # a prompt over the limit ends the run here
+        samples, held_out = load_records(config, accelerator)
+        student = load_student(config, accelerator)
+        teach = load_teacher(config, samples + held_out, accelerator.device)
+        spare = ffr.open_question(student, longest(samples))
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {error}") from error
-    if c.eval_only:
-        rows = ffr.evaluate(accelerator, student, samples, None, spare, "evaluation")
+
+    accelerator.init_trackers("ffr", vars(config))
+    if config.eval_only:
+        rows = evaluate(accelerator, student, samples, None, spare, "evaluation")
         figures = {"records": len(samples), "answered": len(rows)} | accuracy(rows)
     else:
-        before = ffr.evaluate(accelerator, student, held_out, None, spare, "before")
-        history = train(c, accelerator, student, samples, teach, spare)
-        after = ffr.evaluate(accelerator, student, held_out, teach, spare, "after")
-        figures = summarize_run(before, after, history) | {
-            "seconds": round(time.time() - began, 1),
-            "seed": c.seed,
-            "method": c.method,
-            "processes": accelerator.num_processes,
-        }
+        before = evaluate(accelerator, student, held_out, None, spare, "before")
+        history = train(config, accelerator, student, samples, teach, spare)
+        after = evaluate(accelerator, student, held_out, teach, spare, "after")
+        figures = summarize_run(before, after, history)
+        figures |= {"seconds": round(time.time() - began, 1), "seed": config.seed}
+        figures |= {"method": config.method, "processes": accelerator.num_processes}
     if accelerator.is_main_process:
-        file = Path(c.out, "evaluation.json" if c.eval_only else "summary.json")
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        print()
-        for name, value in figures.items():
-            if isinstance(value, dict):
-                value = "{accuracy:.3f}   95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
-            print(f"  {name:20}", f"{value:.3f}" if isinstance(value, float) else value)
+        name = "evaluation.json" if config.eval_only else "summary.json"
+        Path(config.out, name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print_table(figures)
     accelerator.end_training()  # a rank that exits inside the process group may abort
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "train.py: left at once; --resume True goes on from a checkpoint"
+        ) from None

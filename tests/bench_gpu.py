@@ -158,7 +158,7 @@ def measure(sizes: dict, device, lora: bool, checkpointing: bool, result: dict) 
     result["parameters"] = sum(p.numel() for p in model.parameters())
     if lora:
         model = train.add_adapters(model, sizes["rank"])
-        ffr.store_linears_in_bf16(model)
+        train.store_linears_in_bf16(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-6)

@@ -140,8 +140,8 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
     for start in range(0, len(questions), 64):
         part = questions[start : start + 64]
         for q, (r,) in zip(part, ONE_ROUND(student, part, 1, teach, 0.0, 0.0, ("evaluation",))):
-            row = skills(q.sample, r.first.text)
-            right = {"unaided": r.first.score.correct, "assisted": r.score.correct}
+            row = skills(q.sample, r.unaided.text)
+            right = {"unaided": r.unaided.score.correct, "assisted": r.rollout.score.correct}
             rows.append(row | right | {"faithful": right["unaided"] and row["cites"]})
     return {k: round(sum(row[k] for row in rows) / len(rows), 4) for k in rows[0]}
 
@@ -180,13 +180,13 @@ def change(arm: str, patch, case, rng: random.Random):
     )
 
 
-def choose(arm: str, r: ffr.Rollout) -> ffr.Rollout:
+def choose(arm: str, r: ffr.Chosen) -> ffr.Chosen:
     """The rollout that this arm trains in place of the chosen one."""
-    if r.failed and arm.startswith("reward only"):
-        return replace(r.failed, reward=r.reward)
-    plain = r.first.score.accuracy + r.first.score.format
-    if r.failed and arm == "best of" and plain >= r.reward:
-        return replace(r.failed, reward=plain)
+    if r.repaired and arm.startswith("reward only"):
+        return replace(r, repaired=None)
+    plain = r.unaided.score.accuracy + r.unaided.score.format
+    if r.repaired and arm == "best of" and plain >= r.reward:
+        return replace(r, repaired=None, reward=plain)
     return r
 
 
@@ -249,10 +249,10 @@ def learn(job: tuple) -> dict:
 
         groups = ONE_ROUND(student, asked, num_rollouts, ask and told, kappa, lam, key)
         rollouts = [r for group in groups for r in group]
-        sampled = [x for r in rollouts for x in (r, r.failed) if x]
+        sampled = [x for r in rollouts for x in (r.unaided, r.repaired) if x]
         tokens += sum(len(x.completion.ids) for x in sampled)
         prompt_tokens += sum(x.prompt["input_ids"].shape[1] for x in sampled)
-        fixed = [r.score.correct for r in rollouts if r.failed]
+        fixed = [r.repaired.score.correct for r in rollouts if r.repaired]
         rates.append((len(fixed) / len(rollouts), sum(fixed)))
         return [[choose(arm, r) for r in group] for group in groups]
 
@@ -286,7 +286,7 @@ def learn(job: tuple) -> dict:
             optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(tokens / BUDGET, 1))
         )
 
-    ffr.find_fix_reason, ffr.open_questions = one_round, open_questions
+    ffr.find_fix_reason, train.open_questions = one_round, open_questions
     train.transformers.get_cosine_schedule_with_warmup = by_tokens
     try:
         if arm == "imitation":

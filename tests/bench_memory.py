@@ -150,10 +150,10 @@ def measure(width, layers, way, G, frames, words, completion, beta):
     reference = None
     if way == "LoRA, checkpointed":
         model = train.add_adapters(model, RANK)
-        ffr.store_linears_in_bf16(model)
+        train.store_linears_in_bf16(model)
     elif beta:
         reference = deepcopy(model).requires_grad_(False)
-        ffr.store_linears_in_bf16(reference)
+        train.store_linears_in_bf16(reference)
     if way != "plain":
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)

@@ -186,7 +186,7 @@ def half_right():
 
 def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     """One step of the training loop, without its books. `latency` None: no teacher (plain GRPO)."""
-    c, began = student.config, time.perf_counter()
+    c, began = student.view, time.perf_counter()
     ask = (
         None
         if latency is None
@@ -200,7 +200,7 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     with half_right():
         groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
     middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
-    assert latency is None or sum(r.failed is not None for r in rollouts) == len(rollouts) // 2
+    assert latency is None or sum(r.repaired is not None for r in rollouts) == len(rollouts) // 2
     advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
     total = sum(len(r.completion.ids) for r in rollouts)
     batch = grpo.Batch(*ffr.episodes(questions, groups, advantages), total)
@@ -217,7 +217,7 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
 def released(student, questions, optimizer, latency=0.0):
     """The released procedure, from its description: pixels repeated for each rollout, the teacher
     asked and each failed rollout answered again one by one, logits at every position."""
-    model, G, never = student.model, student.config.num_rollouts, student.sampling
+    model, G, never = student.model, student.view.num_rollouts, student.sampling
     config = transformers.GenerationConfig(
         do_sample=True,
         top_p=never.top_p,
@@ -335,7 +335,7 @@ def against_trl(shape: dict, repeats: int) -> dict | None:
 
     mine, turns = [], itertools.cycle((0.0, 1.0))
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        student.config.model, dtype=torch.float32
+        student.view.model, dtype=torch.float32
     )
     rows = (
         [
@@ -430,9 +430,9 @@ def savings(shape: dict, repeats: int) -> dict:
     generate, forward = ffr.generate, type(student.model).forward
 
     def unshared():
-        student.config.row_tokens = 0
+        student.view.row_tokens = 0
         run()
-        student.config.row_tokens = 8192
+        student.view.row_tokens = 8192
 
     def reread():  # a prompt read for each of its completions, as without a cache to repeat
         def each(model, prompts, seeds, sampling):

@@ -116,7 +116,9 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
         (0, 0),
     )
     rollouts = [r for group in groups for r in group]
-    prompts, episodes = ffr.episodes(questions, groups, [1.0, -1.0] * len(questions))
+    for place, rollout in enumerate(rollouts):
+        rollout.advantage = 1.0 - 2 * (place % 2)
+    prompts, episodes = ffr.episodes(groups)
     batch = grpo.Batch(prompts, episodes, 50, ffr.stand_in(student, questions[0]))
     objective = grpo.Objective(beta=0.0)
     figures = grpo.update(accelerator, model, optimizer, batch, student.sampling, objective)
@@ -139,7 +141,7 @@ def calls(folder, out):
     report(
         accelerator,
         out,
-        repaired=sum(r.failed is not None for r in rollouts),
+        repaired=sum(r.repaired is not None for r in rollouts),
         calls=dict(counts),
         finite=bool(torch.isfinite(keep.gradient).all()),
     )
@@ -158,13 +160,13 @@ def raises(folder, out):
     chat, facts = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), {}
     spare = ffr.open_question(student, samples[0])
     for name in ("normal", "raising"):
-        config = replace(student.config, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
+        config = replace(student.view, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
         brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=reward.gate)
         history = train.train(
-            config, accelerator, replace(student, config=config), samples * 2, teach, spare
+            config, accelerator, replace(student, view=config), samples * 2, teach, spare
         )
         facts[name] = [row | {"processes": accelerator.num_processes} for row in history]
     if accelerator.is_main_process:
@@ -175,9 +177,9 @@ def tokens(folder, out):
     """Two steps through train on ranks whose rollouts have different lengths, and an evaluation:
     by what each rank divides, and which records it is asked."""
     accelerator, student, samples = setup(folder)
-    config = replace(student.config, out=f"{out}-run", max_steps=2, questions_per_device=1)
+    config = replace(student.view, out=f"{out}-run", max_steps=2, questions_per_device=1)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    student = replace(student, config=config)
+    student = replace(student, view=config)
     if accelerator.process_index == 1:
         student.sampling.max_completion_length = 3
     batches, ids, update, find = [], [], grpo.update, ffr.find_fix_reason
@@ -193,8 +195,7 @@ def tokens(folder, out):
     grpo.update, ffr.find_fix_reason = keep, watch
     spare = ffr.open_question(student, samples[0])
     train.train(config, accelerator, student, samples, None, spare)
-    evaluate = getattr(train, "evaluate", None) or ffr.evaluate
-    rows = evaluate(accelerator, student, samples, None, spare, "before")
+    rows = train.evaluate(accelerator, student, samples, None, spare, "before")
     report(
         accelerator,
         out,
@@ -222,7 +223,7 @@ def sharded(folder, out):
         out,
         dtensors=dtensors,
         gathers=gathers,
-        repaired=sum(r.failed is not None for r in rollouts),
+        repaired=sum(r.repaired is not None for r in rollouts),
         finite=bool(torch.isfinite(end).all()),
         moved=bool((end != start).any()),
         sum=end.double().sum().item(),

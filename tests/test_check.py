@@ -195,7 +195,7 @@ def test_training_begins_only_with_videos_that_open_and_finishes_with_the_list(
             str(tmp_path / "other"),
         ],
     )
-    find, begun = train.ffr.open_questions, []
+    find, begun = train.open_questions, []
 
     def break_one(*args):  # after the check, before its turn comes
         if not begun:
@@ -203,7 +203,7 @@ def test_training_begins_only_with_videos_that_open_and_finishes_with_the_list(
         begun.append(len(args[1]))
         return find(*args)
 
-    monkeypatch.setattr(train.ffr, "open_questions", break_one)
+    monkeypatch.setattr(train, "open_questions", break_one)
     train.main()
     rows = [json.loads(line) for line in (tmp_path / "other" / "metrics.jsonl").open()]
     assert len(rows) == 7 and sum(row["skipped"] for row in rows) == 1

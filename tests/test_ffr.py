@@ -24,11 +24,7 @@ def run(student, questions, teach, kappa=0.3, lam=0.1, rollouts=3):
 
 
 def with_config(student, **changes):
-    return replace(student, config=replace(student.config, **changes))
-
-
-def flat(groups):
-    return [rollout for group in groups for rollout in group]
+    return replace(student, view=replace(student.view, **changes))
 
 
 def test_question_text_is_the_same_with_and_without_a_patch(student, questions, teach):
@@ -118,8 +114,12 @@ def test_long_span_is_given_by_both_ends(questions):
     assert "<1.0 seconds> to <4.5 seconds>" in text
 
 
+def ids_of(chosen):
+    return chosen.rollout.completion.ids.tolist()
+
+
 def answer(student, prompt, seed):
-    (completion,) = sampled(student, [prompt], [ffr._seed(*seed)])
+    (completion,) = sampled(student, [prompt], [ffr.seed_of(*seed)])
     return completion
 
 
@@ -127,13 +127,14 @@ def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach
     groups = run(student, questions[:2], teach)
     for question, group in zip(questions, groups):
         for place, rollout in enumerate(group):
-            assert not rollout.first.score.correct and rollout.failed is not None
+            assert not rollout.unaided.score.correct and rollout.repaired is not None
             first = answer(student, question.prompt, (SEED, question.sample.id, place, "first"))
-            assert rollout.failed.completion.ids.tolist() == first.ids.tolist()
-            assert rollout.failed.prompt is question.prompt
-            assert "pixel_values" in rollout.prompt  # the patched prompt, with its pictures
-            again = answer(student, rollout.prompt, (SEED, question.sample.id, place, "again"))
-            assert rollout.completion.ids.tolist() == again.ids.tolist()
+            assert rollout.unaided.completion.ids.tolist() == first.ids.tolist()
+            assert rollout.unaided.prompt is question.prompt
+            repaired = rollout.repaired
+            assert "pixel_values" in repaired.prompt  # the patched prompt, with its pictures
+            again = answer(student, repaired.prompt, (SEED, question.sample.id, place, "again"))
+            assert rollout.rollout.completion.ids.tolist() == again.ids.tolist()
 
 
 def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
@@ -150,15 +151,15 @@ def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
     seen = []
     group = run(student, questions[:1], lambda cases: seen.extend(cases) or teach(cases))[0]
     assert len(seen) == 2
-    assert [r.failed is None for r in group] == [False, True, False]
+    assert [r.repaired is None for r in group] == [False, True, False]
     assert group[1].reward == 2.0
 
 
 def test_kappa_shifts_exactly_the_repaired_rewards(student, questions, teach):
-    cheap, dear = (flat(run(student, questions[:2], teach, kappa=k)) for k in (0.0, 0.3))
+    cheap, dear = (ffr.flat(run(student, questions[:2], teach, kappa=k)) for k in (0.0, 0.3))
     for a, b in zip(cheap, dear):
-        assert a.completion.ids.tolist() == b.completion.ids.tolist()
-        assert a.reward - b.reward == pytest.approx(0.3 if a.failed else 0.0)
+        assert ids_of(a) == ids_of(b)
+        assert a.reward - b.reward == pytest.approx(0.3 if a.repaired else 0.0)
 
 
 def faults(teach):
@@ -195,14 +196,15 @@ def test_teacher_fault_costs_that_rollout_its_repair_and_nothing_else(
     def partly(cases):
         return [*fault(cases[:1]), *teach(cases[1:])]
 
-    whole, broken = (flat(run(student, questions[:2], t)) for t in (teach, partly))
-    assert broken[0].failed is None and broken[0].error.cause == cause
-    assert broken[0].reward == broken[0].score.accuracy + broken[0].score.format  # untaxed
-    assert broken[0].completion.ids.tolist() == whole[0].failed.completion.ids.tolist()
+    whole, broken = (ffr.flat(run(student, questions[:2], t)) for t in (teach, partly))
+    score = broken[0].rollout.score
+    assert broken[0].repaired is None and broken[0].error.cause == cause
+    assert broken[0].reward == score.accuracy + score.format  # untaxed
+    assert ids_of(broken[0]) == whole[0].unaided.completion.ids.tolist()
     for a, b in zip(whole[1:], broken[1:]):
-        assert a.completion.ids.tolist() == b.completion.ids.tolist()
-        assert torch.equal(a.first.completion.logps, b.first.completion.logps)
-        assert torch.allclose(a.completion.logps, b.completion.logps, atol=1e-5)
+        assert ids_of(a) == ids_of(b)
+        assert torch.equal(a.unaided.completion.logps, b.unaided.completion.logps)
+        assert torch.allclose(a.rollout.completion.logps, b.rollout.completion.logps, atol=1e-5)
         assert a.reward == b.reward
 
 
@@ -210,10 +212,10 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
     def decline(cases):
         return [TeacherError("declined")] * len(cases)
 
-    declined, plain = (flat(run(student, questions[:2], t)) for t in (decline, None))
+    declined, plain = (ffr.flat(run(student, questions[:2], t)) for t in (decline, None))
     for a, b in zip(declined, plain):
-        assert a.completion.ids.tolist() == b.completion.ids.tolist()
-        assert a.reward == b.reward and a.prompt is b.prompt
+        assert ids_of(a) == ids_of(b)
+        assert a.reward == b.reward and a.rollout.prompt is b.rollout.prompt
 
 
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
@@ -221,7 +223,7 @@ def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach)
     (rollout,) = run(
         with_config(student, max_prompt_length=longest), questions[:1], teach, rollouts=1
     )[0]
-    assert rollout.failed is None and rollout.error.cause == "prompt"
+    assert rollout.repaired is None and rollout.error.cause == "prompt"
 
 
 def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
@@ -231,7 +233,7 @@ def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
 
 def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     rollout = run(student, questions[:1], teach)[0][0]
-    text = ffr.draw_repair(questions[0], rollout, 0.3, 0.1, tmp_path / "repairs" / "a.png")
+    text = ffr.draw_repair(rollout, 0.3, 0.1, tmp_path / "repairs" / "a.png")
     picture = Image.open(tmp_path / "repairs" / "a.png")
     assert (tmp_path / "repairs" / "a.txt").read_text(encoding="utf-8").strip() == text
     order = [
@@ -255,7 +257,7 @@ def test_a_failed_diagnosis_keeps_nothing_of_its_step_alive(student, questions):
     gc.disable()
     try:
         groups = run(student, questions[:1], faults(None)["declined"])
-        assert all(r.error for r in flat(groups))
+        assert all(r.error for r in ffr.flat(groups))
         alive = weakref.ref(groups[0][0])
         del groups
         assert alive() is None

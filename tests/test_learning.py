@@ -20,15 +20,16 @@ from reward import Score
 RIGHT, WRONG = Score(1.0, 1.0, True), Score(0.0, 1.0, False)
 
 
-def repaired(score: Score, reward: float) -> ffr.Rollout:
+def repaired(score: Score, reward: float) -> ffr.Chosen:
     failed = ffr.Rollout({}, "failed tokens", "", WRONG)
-    return ffr.Rollout({}, "repaired tokens", "", score, reward, failed=failed)
+    again = ffr.Rollout({}, "repaired tokens", "", score)
+    return ffr.Chosen(None, 0, failed, repaired=again, reward=reward)
 
 
 def test_reward_only_trains_the_failed_tokens_with_the_repaired_reward():
     r = repaired(RIGHT, 1.7)
     trained = bench.choose("reward only", r)
-    assert (trained.completion, trained.reward) == ("failed tokens", 1.7)
+    assert (trained.rollout.completion, trained.reward) == ("failed tokens", 1.7)
     assert bench.choose("FFR", r) is r
 
 
@@ -49,7 +50,7 @@ def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(
     score, reward, tokens, expected
 ):
     trained = bench.choose("best of", repaired(score, reward))
-    assert (trained.completion, trained.reward) == (tokens, expected)
+    assert (trained.rollout.completion, trained.reward) == (tokens, expected)
 
 
 def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, teach):

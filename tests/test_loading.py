@@ -55,8 +55,8 @@ def test_more_weights_than_the_model_has_are_fine(model_folder, tmp_path):
         tmp_path / "model" / "model.safetensors",
         {"format": "pt"},
     )
-    model, _ = train.load_policy(str(tmp_path / "model"))
-    plain, _ = train.load_policy(model_folder)
+    model, _ = grpo.load_policy(str(tmp_path / "model"))
+    plain, _ = grpo.load_policy(model_folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
 
 
@@ -90,7 +90,7 @@ def internvl(folder):
 
 def test_a_large_picture_is_one_picture_to_internvl(internvl):
     """640 × 480 within the picture's pixels: one tile, not thirteen."""
-    _, processor = train.load_policy(internvl)
+    _, processor = grpo.load_policy(internvl)
     picture = Image.new("RGB", (640, 480), "red")
     inputs = processor(text=["<IMG_CONTEXT>"], images=[picture], return_tensors="pt")
     assert len(inputs["pixel_values"]) == 1
@@ -141,7 +141,7 @@ def test_frozen_linear_layers_in_bf16_change_no_log_prob(make_config, bf16, ques
     with bf16.autocast():
         before, _ = scored(student.model, prompts, ids, student.sampling)
     size = sum(p.nbytes for p in student.model.parameters())
-    ffr.store_linears_in_bf16(student.model)
+    train.store_linears_in_bf16(student.model)
     with bf16.autocast():
         after, _ = scored(student.model, prompts, ids, student.sampling)
     assert torch.equal(before, after)

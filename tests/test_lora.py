@@ -68,11 +68,11 @@ def test_sampled_scored_and_shared_log_probs_are_equal(adapted, samples):
 def test_reference_is_the_policy_without_its_adapters(adapted, family, samples, accelerator):
     prompt, ids = ffr.open_question(adapted, samples[0]).prompt, torch.tensor([5, 6, 7])
     model, sampling = adapted.model, adapted.sampling
-    base, _ = train.load_policy(family)
-    reference = train.reference_policy(adapted.config, accelerator, model)
+    base, _ = grpo.load_policy(family)
+    reference = train.reference_policy(adapted.view, accelerator, model)
     assert reference is None  # β is 0
-    adapted.config.beta = 0.04
-    assert train.reference_policy(adapted.config, accelerator, model) is model
+    adapted.view.beta = 0.04
+    assert train.reference_policy(adapted.view, accelerator, model) is model
     with torch.no_grad(), model.disable_adapter():
         off = grpo.completion_logps(model, prompt, ids, sampling)
     assert torch.allclose(off, grpo.completion_logps(base, prompt, ids, sampling), atol=1e-6)
@@ -93,7 +93,7 @@ def test_only_adapters_of_the_text_layers_train_and_kl_begins_at_0(
         model=family, lora_rank=2, beta=0.04, max_steps=2, learning_rate=1e-2, **SIZES
     )
     student, history = train_once(config, accelerator, samples, teach)
-    before, _ = train.load_policy(family)
+    before, _ = grpo.load_policy(family)
     trained = {k for k, p in student.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and "vis" not in name for name in trained)
     weights = dict(before.named_parameters())
@@ -113,10 +113,10 @@ def test_saved_adapters_are_peft_s_and_merge_into_the_trained_policy(
     want = grpo.completion_logps(student.model, prompt, ids, student.sampling)
     saved = tmp_path / "model"
     assert not (saved / "config.json").exists()  # of the run with all weights, before
-    base, _ = train.load_policy(model_folder)
+    base, _ = grpo.load_policy(model_folder)
     assert (grpo.completion_logps(base, prompt, ids, student.sampling) - want).abs().max() > 1e-4
     merged = peft.PeftModel.from_pretrained(base, saved).merge_and_unload()
-    again, _ = train.load_policy(str(saved))  # as --eval_only takes it
+    again, _ = grpo.load_policy(str(saved))  # as --eval_only takes it
     for model in (merged, again):
         got = grpo.completion_logps(model, prompt, ids, student.sampling)
         assert torch.allclose(got, want, atol=1e-5)

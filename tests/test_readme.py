@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import ffr
+import grpo
 import reward
 import teacher
 import train
@@ -202,8 +203,8 @@ def test_repair_round_in_a_loop_of_ones_own_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(snippet("ffr.find_fix_reason"), names := {})
-    assert len(names["group"]) == 8 and any(r.failed for r in names["group"])
-    before = train.load_policy("assets/tiny")[0].state_dict()
+    assert len(names["group"]) == 8 and any(r.repaired for r in names["group"])
+    before = grpo.load_policy("assets/tiny")[0].state_dict()
     after = names["model"].state_dict()
     assert any((before[key] != after[key]).any() for key in before)
 

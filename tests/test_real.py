@@ -63,7 +63,7 @@ def test_one_pass_over_real_clips_scores_every_problem_type(
 
 def test_repair_picture_shows_the_right_frames_and_region(clips, student, tmp_path):
     sample = data.load_samples(RECORDS, clips)[4]  # what is written on the sign: frame 66, left
-    teach = train.load_teacher(student.config, [sample], "cpu")
+    teach = train.load_teacher(student.view, [sample], "cpu")
     question = ffr.open_question(student, sample)
     assert question.indices[0] == 0 and question.indices[-1] == 249 and len(question.indices) == 16
     (rollout,) = ffr.find_fix_reason(student, [question], 1, teach, 0.3, 0.1, (0, 0))[0]
@@ -80,14 +80,14 @@ def test_repair_picture_shows_the_right_frames_and_region(clips, student, tmp_pa
     assert inside.max() == 0
     assert np.asarray(frame)[95, 100].tolist() == [255, 0, 0]  # the region's upper edge, y = 0.35
     assert np.array_equal(np.asarray(crop), original[95:163, 0:320])
-    words = ffr.draw_repair(question, rollout, 0.3, 0.1, tmp_path / "repair.png")
+    words = ffr.draw_repair(rollout, 0.3, 0.1, tmp_path / "repair.png")
     assert "zoom_region(66" in words and "<2.6 seconds>" in words
     assert Image.open(tmp_path / "repair.png").width == 1200
 
 
 def test_question_for_a_time_gets_no_time(clips, student):
     sample = data.load_samples(RECORDS, clips)[11]
-    teach = train.load_teacher(student.config, [sample], "cpu")
+    teach = train.load_teacher(student.view, [sample], "cpu")
     question = ffr.open_question(student, sample)
     (patch,) = teach([ffr.case_of(question, "hm")])
     assert patch.key_frames and not patch.spans

@@ -212,16 +212,16 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
         or whole
     )
     reference, _, usual = whole
-    texts = Counter(r.first.text for r in reference)
-    unique = [k for k, r in enumerate(reference) if r.failed and texts[r.first.text] == 1]
+    texts = Counter(r.unaided.text for r in reference)
+    unique = [k for k, r in enumerate(reference) if r.repaired and texts[r.unaided.text] == 1]
     marked = next(
-        k for k in unique if "<|" not in reference[k].first.text
+        k for k in unique if "<|" not in reference[k].unaided.text
     )  # the teacher sees it so
     endpoint.reset()
     fault, cause = FAULTS[name]
 
     def fault_of_one(messages, times):
-        hit = json.dumps(reference[marked].first.text)[1:-1] in json.dumps(messages[1:2])
+        hit = json.dumps(reference[marked].unaided.text)[1:-1] in json.dumps(messages[1:2])
         return fault(messages, times) if hit else None
 
     endpoint.fault = fault_of_one
@@ -232,8 +232,8 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     )
     assert time.time() - began < 10
     for k, (a, b) in enumerate(zip(reference, rollouts)):
-        assert a.first.completion.ids.tolist() == b.first.completion.ids.tolist()
-        assert torch.equal(a.first.completion.logps, b.first.completion.logps)
+        assert a.unaided.completion.ids.tolist() == b.unaided.completion.ids.tolist()
+        assert torch.equal(a.unaided.completion.logps, b.unaided.completion.logps)
         if k != marked or cause is None:
             assert a.completion.ids.tolist() == b.completion.ids.tolist()
             # One row less in a batch may move the last bits.
@@ -243,7 +243,7 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     if cause is None:
         assert repr(hurt.patch) == repr(reference[marked].patch)
     else:
-        assert hurt.failed is None and hurt.error.cause == cause
+        assert hurt.repaired is None and hurt.error.cause == cause
         assert hurt.reward == hurt.score.accuracy + hurt.score.format  # unrepaired, untaxed
     assert metrics["teacher_failures"] == (cause is not None)
     assert metrics.get(f"teacher_{cause}", 0) == (cause is not None)
@@ -262,7 +262,7 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
     if name == "429 with Retry-After":
         assert time.time() - began > 1
     if name == "a normal reply":
-        assert metrics["teacher_calls"] == 2 * len({r.first.text for r in rollouts if r.failed})
+        assert metrics["teacher_calls"] == 2 * len({r.unaided.text for r in rollouts if r.repaired})
         assert metrics["teacher_tokens"] == 7 * metrics["teacher_calls"]
         assert metrics["patch_frames"] >= 1 and metrics["patch_seconds"] > 0
 

@@ -52,7 +52,7 @@ def test_student_is_told_true_times_at_a_variable_frame_rate(student, questions,
 def test_equal_patches_of_different_questions_have_prompts_of_their_own(student, questions):
     patch = EvidencePatch("temporal", "look here", key_frames=[3])
     groups = round_of(student, questions[:2], lambda cases: [patch] * len(cases))
-    prompts, episodes = ffr.episodes(questions[:2], groups, [1.0] * 4)
+    prompts, episodes = ffr.episodes(groups)
     for number, question in enumerate(questions[:2]):
         mine = [episode for episode in episodes if episode.question == number]
         assert len(mine) == 2 and len({episode.prompt for episode in mine}) == 1
@@ -68,7 +68,7 @@ def test_equal_patches_of_different_questions_have_prompts_of_their_own(student,
 def test_different_patches_of_one_question_have_prompts_of_their_own(student, questions):
     patches = [EvidencePatch("temporal", key_frames=[k]) for k in (3, 9)]
     groups = round_of(student, questions[:1], lambda cases: patches)
-    prompts, episodes = ffr.episodes(questions[:1], groups, [1.0] * 2)
+    prompts, episodes = ffr.episodes(groups)
     assert [episode.prompt for episode in episodes] == [1, 2]
     assert not torch.equal(prompts[1]["pixel_values"], prompts[2]["pixel_values"])
 
@@ -84,7 +84,9 @@ def test_stand_ins_reach_no_teacher_and_train_nothing(student, questions):
     asked_of = [questions[0], broken]
     groups = round_of(student, asked_of, teach)
     assert asked == [questions[0].sample.id] * 2
-    _, episodes = ffr.episodes(asked_of, groups, [1.0, -1.0, 1.0, -1.0])
+    for chosen, advantage in zip(ffr.flat(groups), [1.0, -1.0, 1.0, -1.0]):
+        chosen.advantage = advantage
+    _, episodes = ffr.episodes(groups)
     assert [episode.weight for episode in episodes] == [1.0, 1.0, 0.0, 0.0]
     assert [episode.advantage for episode in episodes] == [1.0, -1.0, 0.0, 0.0]
     _, mask = grpo.batched_logps(

@@ -16,7 +16,6 @@ from conftest import ROOT, scored
 import data
 import ffr
 import grpo
-import reward
 import teacher
 import train
 from teacher import TeacherError
@@ -81,20 +80,20 @@ def test_the_update_gets_the_repaired_tokens_under_the_patched_prompt(
     (_, model, _, batch, sampling, *_) = call
     questions, numbers, ids, sampled, advantages, weights = zip(*batch.episodes)
     prompts = [batch.prompts[number] for number in numbers]
-    assert 0 < sum(r.failed is not None for r in rollouts) < 6
+    assert 0 < sum(r.repaired is not None for r in rollouts) < 6
     for prompt, tokens, rollout in zip(prompts, ids, rollouts):
-        assert tokens.tolist() == rollout.completion.ids.tolist()
-        assert ("pixel_values" in prompt) == (rollout.failed is not None)
-        if rollout.failed:
-            assert tokens.tolist() != rollout.failed.completion.ids.tolist()
-            assert "pixel_values" not in rollout.failed.prompt
+        assert tokens.tolist() == rollout.rollout.completion.ids.tolist()
+        assert ("pixel_values" in prompt) == (rollout.repaired is not None)
+        if rollout.repaired:
+            assert tokens.tolist() != rollout.unaided.completion.ids.tolist()
+            assert "pixel_values" not in rollout.unaided.prompt
     rewards = torch.tensor([r.reward for r in rollouts]).view(2, 3)
     assert [*advantages] == grpo.group_advantages(rewards).flatten().tolist() and any(advantages)
     assert weights == (1.0,) * 6
-    assert all(batch.prompts[k] is r.first.prompt for k, r in zip(questions, rollouts))
+    assert all(batch.prompts[k] is r.unaided.prompt for k, r in zip(questions, rollouts))
     # The same policy sampled and scored: the wrong ids, prompt or pixels would show up here.
     assert history[0]["logp_gap"] < 1e-4
-    for wrong in ([r.first.prompt for r in rollouts], [blank(p) for p in prompts]):
+    for wrong in ([r.unaided.prompt for r in rollouts], [blank(p) for p in prompts]):
         logps, _ = scored(model, wrong, ids, sampling)
         gaps = [(own - row[: len(own)]).abs().max() for own, row in zip(sampled, logps)]
         assert max(gaps) > 1e-3
@@ -271,7 +270,7 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
         "--data",
         str(tmp_path / "bare.json"),
     ]
-    monkeypatch.setattr(ffr.evaluate, "__defaults__", (2,))  # at once
+    monkeypatch.setattr(train.evaluate, "__defaults__", (2,))  # at once
     find, asked = ffr.find_fix_reason, []
 
     def dies_at_the_second_batch(student, questions, *more):
@@ -522,9 +521,9 @@ def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
     assert said.count("teacher: http_402: no credit left") == 1
     assert said.count("teacher: no failed rollout of step") == 3
     assert [*(tmp_path / "checkpoints").iterdir()] == [tmp_path / "checkpoints" / "000003"]
-    rows = data.read_rows(tmp_path / "metrics.jsonl")
+    rows = train.read_rows(tmp_path / "metrics.jsonl")
     assert len(rows) == 3
-    table = reward.summarize_run([], [], rows)
+    table = train.summarize_run([], [], rows)
     assert table["teacher_http_402"] == table["teacher_failures"] > 0
 
 
