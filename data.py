@@ -222,7 +222,8 @@ class Decoder:
         where that takes over `patience` seconds of the process's own work, or of waiting."""
         if self.child is None or self.child.poll() is not None:
             command = [sys.executable, __file__, "--decode"]
-            self.child = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+            ends = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
+            self.child = Popen(command, start_new_session=True, **ends)  # Ctrl-C is not for it
         try:
             pickle.dump((os.path.abspath(path), indices, in_order, patience), self.child.stdin)
             self.child.stdin.flush()

@@ -344,9 +344,10 @@ def render_question(student: Student, sample: Sample, evidence: list[dict] = ())
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
     """The patch as parts of a chat: its text, then each picture below its label."""
     parts = [{"type": "text", "text": patch_text(patch, video, spacing, corners=not pictures)}]
-    for label, image in patch_pictures(patch, video, spacing) if pictures else []:
-        parts.append({"type": "text", "text": f"\n{label}:"})
-        parts.append({"type": "image", "image": image})
+    if pictures:
+        for label, image in patch_pictures(patch, video, spacing):
+            parts.append({"type": "text", "text": f"\n{label}:"})
+            parts.append({"type": "image", "image": image})
     return parts
 
 
@@ -383,17 +384,18 @@ def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[t
     for region in patch.regions:
         image = video.frame(region.frame)
         corners = region.corners(image)
-        crops.append((region.frame, image.crop(corners)))
+        time = moment_text(patch, video, spacing, region.frame, region.frame)
+        crops.append((f"Crop{time}", image.crop(corners)))
         if region.frame in frames:
             width = max(2, min(image.size) // 100)
             pen = ImageDraw.Draw(frames[region.frame])
             pen.rectangle(corners, outline=(255, 0, 0), width=width)
 
     pictures = []
-    for kind, found in (("Frame", frames.items()), ("Crop", crops)):
-        for frame, image in found:
-            pictures.append((kind + moment_text(patch, video, spacing, frame, frame), image))
-    return pictures
+    for frame, image in frames.items():
+        time = moment_text(patch, video, spacing, frame, frame)
+        pictures.append((f"Frame{time}", image))
+    return pictures + crops
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
@@ -440,13 +442,16 @@ def with_positions(model, inputs: dict) -> dict:
         if "mrope_section" in rope:
             raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
         return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
+
     positions = counter.get_rope_index(**inputs)[0]
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         # The weights were trained with text after a video at the largest position so far + 1; from
         # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
         of_video = inputs["mm_token_type_ids"][0] == 2
-        for after in (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1:
-            positions[..., after:] += positions[..., :after].max() + 1 - positions[0, 0, after]
+        ends = (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1
+        for after in ends:
+            right_place = positions[..., :after].max() + 1
+            positions[..., after:] += right_place - positions[0, 0, after]
     return inputs | {"position_ids": positions}
 
 
@@ -487,20 +492,27 @@ def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
 
 def draw_page(sections: list[tuple]) -> Image.Image:
     """Headings, texts and rows of labelled pictures, one below the other."""
-    page, y = Image.new("RGB", (1200, 8000), "white"), 24
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(19)
+    page = Image.new("RGB", (1200, 8000), "white")
+    pen = ImageDraw.Draw(page)
+    font, heading_font = ImageFont.load_default(19), ImageFont.load_default(23)
+    y = 24
     for heading, text, pictures in sections:
-        body = "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
-        pen.text((24, y), heading, (20, 60, 140), ImageFont.load_default(23))
-        pen.text((24, y + 30), body, "black", font, spacing=7)
-        y = pen.textbbox((24, y + 30), body, font, spacing=7)[3] + 12
+        lines = [textwrap.fill(line, 100) for line in text.splitlines()]
+        body = "\n".join(lines)
+        below = (24, y + 30)
+        pen.text((24, y), heading, (20, 60, 140), heading_font)
+        pen.text(below, body, "black", font, spacing=7)
+        y = pen.textbbox(below, body, font, spacing=7)[3] + 12
+
         width, height = (192, 100) if len(pictures) > 6 else (384, 220)
         columns = 1152 // width
         for k, (label, image) in enumerate(pictures):
-            x, row = 24 + width * (k % columns), y + (height + 34) * (k // columns)
-            pen.text((x, row), label, "gray", font)
-            page.paste(ImageOps.contain(image, (width - 12, height)), (x, row + 26))
-        y += (height + 34) * -(-len(pictures) // columns)
+            row, column = divmod(k, columns)
+            x, top = 24 + width * column, y + (height + 34) * row
+            pen.text((x, top), label, "gray", font)
+            page.paste(ImageOps.contain(image, (width - 12, height)), (x, top + 26))
+        rows = -(-len(pictures) // columns)
+        y += (height + 34) * rows
     return page.crop((0, 0, page.width, y))
 
 
@@ -550,7 +562,13 @@ def explain(arguments: list[str]) -> None:
         raise SystemExit(f"ffr.py: {error}") from error
 
     (group,) = find_fix_reason(
-        student, [question], config.num_rollouts, teach, config.kappa, config.lam, (config.seed,)
+        student,
+        [question],
+        config.num_rollouts,
+        teach,
+        kappa=config.kappa,
+        lam=config.lam,
+        seed=(config.seed,),
     )
     repairs = [chosen for chosen in group if chosen.repaired is not None]
     repairs.sort(key=lambda chosen: not chosen.repaired.score.correct)  # a right one first

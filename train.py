@@ -96,26 +96,11 @@ TINY = dict(
     questions_per_device=4,
     max_steps=400,
 )
-# What may differ when a run is resumed.
-FREE = {
-    "versions",
-    "resume",
-    "out",
-    "save_steps",
-    "keep_checkpoints",
-    "log_with",
-    "log_reliance",
-    "decode_patience",
-    "teacher_url",
-    "teacher_device",
-    "teacher_batch",
-    "teacher_workers",
-    "teacher_timeout",
-    "teacher_step_timeout",
-    "teacher_model",
-    "teacher_max_tokens",
-    "teacher_cache",
-}
+# What may differ when a run is resumed: where the teacher's replies come from, and what is kept.
+FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"}
+FREE |= {"log_with", "log_reliance", "teacher_url", "teacher_device", "teacher_batch"}
+FREE |= {"teacher_workers", "teacher_timeout", "teacher_step_timeout", "teacher_model"}
+FREE |= {"teacher_max_tokens", "teacher_cache"}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -158,90 +143,131 @@ def validate(c: Config) -> None:
 
 # --- the loop ---
 def train(config, accelerator, student: Student, samples, teach, spare: Question) -> list[dict]:
-    """A round, its advantages, an update and the metrics, step by step; returns the metrics of all
-    steps. `spare` is a question that is known to open, for records that do not."""
-    steps = number_of_steps(config, accelerator, len(samples))
-    learner = prepare(config, accelerator, student, steps)
+    """Step by step a round, an update and its metrics; returns the metrics of all steps. `spare` is
+    a question that is known to open, for records that do not."""
+    run = prepare(config, accelerator, student, steps_of(config, accelerator, samples))
     done, history = resume(config, accelerator)
-    bar = progress_bar(done, steps, accelerator)
+    bar = progress_bar(done, run.steps, accelerator)
     with interruptible() as interrupts:
         for step in bar:
-            began = time.time()
             questions = open_questions(student, pick(samples, step, config, accelerator), spare)
-            spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
-            groups = one_round(config, accelerator, student, questions, teach, spent, step)
-            counted = [chosen for chosen in flat(groups) if chosen.question.counts]
-            rows = gather_object([describe(chosen) for chosen in counted])  # of all processes
+            groups, rows, figures = train_step(run, questions, teach, spare, step=step)
+            metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
+            history.append(metrics)
+            report(run, metrics, groups, bar)
 
-            middle = time.time()
-            set_advantages(groups, rows, config.scale_rewards)
-            figures = update(config, accelerator, student, learner, groups, rows, spare)
-            figures |= {f"teacher_{name}": count for name, count in spent.items()}
-            figures |= {
-                "seconds_round": middle - began,
-                "seconds_update": time.time() - middle,
-                "skipped": sum(not question.counts for question in questions),
-                "repaired_advantage": sum(c.advantage for c in counted if c.repaired),
-                "interrupts": len(interrupts),
-            }
-            figures = gather_object([figures])
-
-            history.append({"step": step + 1} | summarize(rows, figures))
-            report(config, accelerator, history[-1], groups, steps, bar)
             end = watch_teacher(history[done:], rows, accelerator.is_main_process)
-            if any(own["interrupts"] for own in figures):
+            if any(gather_object([len(interrupts)])):
                 end = "interrupted"
-            if end or (step + 1) % config.save_steps == 0 or step + 1 == steps:
+            if end or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
                 folder = save_checkpoint(config, accelerator, step + 1)
-            if end and step + 1 < steps:
+            if end and step + 1 < run.steps:
+                words = f"train.py: {end} after step {step + 1}, which is saved in {folder}; "
+                words += "the same command with --resume True goes on"
                 accelerator.end_training()
-                raise SystemExit(
-                    f"train.py: {end} after step {step + 1}, saved in {folder}; "
-                    "the same command with --resume True goes on"
-                )
-    save_model(config, accelerator, student, learner.model)
+                raise SystemExit(words if accelerator.is_main_process else 1)
+    save_model(run)
     return history
 
 
-class Learner(NamedTuple):
-    """What an update works on."""
+def train_step(run, questions, teach, spare, step: int) -> tuple[list, list[dict], dict]:
+    """A round, its advantages, an update. Returns this process's groups and figures, and the rows
+    that describe the rollouts of all processes."""
+    config, began = run.config, time.time()
+    spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
+    ask = None if teach is None else partial(teach, spent=spent)
+    with run.accelerator.autocast():
+        groups = ffr.find_fix_reason(
+            run.student,
+            questions,
+            config.num_rollouts,
+            ask,
+            kappa=config.kappa,
+            lam=config.lam,
+            seed=(config.seed, step),
+        )
+        if config.log_reliance:
+            ffr.measure_reliance(run.student, groups)
+    counted = [chosen for chosen in flat(groups) if chosen.question.counts]
+    rows = gather_object([describe(chosen) for chosen in counted])
 
-    model: torch.nn.Module  # the accelerator's
+    middle = time.time()
+    set_advantages(groups, rows, config.scale_rewards)
+    figures = update(run, groups, rows, spare)
+    figures |= {f"teacher_{name}": count for name, count in spent.items()}
+    figures["seconds_round"] = middle - began
+    figures["seconds_update"] = time.time() - middle
+    figures["skipped"] = float(sum(not question.counts for question in questions))
+    figures["repaired_advantage"] = sum(c.advantage for c in counted if c.repaired is not None)
+    return groups, rows, figures
+
+
+def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> None:
+    """A_i within each group; the std of a batch is of all processes' rollouts that count."""
+    rewards = torch.tensor([[chosen.reward for chosen in group] for group in groups])
+    batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
+    advantages = grpo.group_advantages(rewards, scale, batch_std)  # (questions, G)
+    for chosen, advantage in zip(flat(groups), advantages.flatten().tolist()):
+        chosen.advantage = advantage
+
+
+def update(run, groups: list[list[Chosen]], rows: list[dict], spare: Question) -> dict:
+    """J(θ) on the chosen rollouts' own tokens, under their own prompts."""
+    prompts, trained = ffr.episodes(groups)
+    tokens = max(total(rows, "length"), 1)  # Σ|τ̂_i| of all processes
+    stand_in = ffr.stand_in(run.student, spare) if grpo.is_sharded(run.model) else None
+    figures = grpo.update(
+        run.accelerator,
+        run.model,
+        run.optimizer,
+        grpo.Batch(prompts, trained, tokens, stand_in),
+        sampling=run.student.sampling,
+        objective=run.config,
+        reference=run.reference,
+    )
+    run.scheduler.step()
+    return figures
+
+
+class Run(NamedTuple):
+    """What every step works with; `model` and `optimizer` are the accelerator's."""
+
+    config: Config
+    accelerator: Accelerator
+    student: Student
+    steps: int
+    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     reference: torch.nn.Module | None  # π_ref
 
 
-def number_of_steps(config: Config, accelerator, records: int) -> int:
-    """Raises SystemExit where the records do not fill a step."""
-    per_step = config.questions_per_device * accelerator.num_processes
-    if records < per_step:
-        raise SystemExit(f"train.py: {records} records do not fill a step of {per_step}")
-    return config.max_steps or config.epochs * (records // per_step)
-
-
-def prepare(config: Config, accelerator, student: Student, steps: int) -> Learner:
-    """The model and optimizer as accelerate wants them; the student keeps the unwrapped model."""
+def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
+    """Hand the model to accelerate; the student keeps it unwrapped."""
     model = student.model
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=decay)
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = reference_policy(config, accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Else accelerate casts all logits to fp32 at once; `grpo.chosen_logps` does so in chunks.
     student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.register_for_checkpointing(scheduler)
-    return Learner(model, optimizer, scheduler, reference)
+    return Run(config, accelerator, student, steps, model, optimizer, scheduler, reference)
+
+
+def steps_of(config: Config, accelerator, samples: list) -> int:
+    per_step = config.questions_per_device * accelerator.num_processes
+    if len(samples) < per_step:
+        raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
+    return config.max_steps or config.epochs * (len(samples) // per_step)
 
 
 def progress_bar(done: int, steps: int, accelerator) -> tqdm:
-    return tqdm(
-        range(done, steps),
-        total=steps,
-        initial=done,
-        disable=not accelerator.is_main_process,
-        bar_format="step {n} of {total} [{elapsed}<{remaining}{postfix}]",
-    )
+    shape = "step {n} of {total} [{elapsed}<{remaining}{postfix}]"
+    bar = tqdm(range(done, steps), total=steps, initial=done, bar_format=shape)
+    bar.disable = not accelerator.is_main_process
+    return bar
 
 
 def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[data.Sample]:
@@ -265,46 +291,6 @@ def open_questions(student: Student, samples: list, spare: Question) -> list[Que
             tqdm.write(f"skipped: {error}")
             questions.append(replace(spare, counts=False))
     return questions
-
-
-def one_round(config, accelerator, student, questions, teach, spent: Counter, step: int) -> list:
-    """G rollouts per question, failures repaired, τ̂ chosen."""
-    ask = None if teach is None else partial(teach, spent=spent)
-    seed = (config.seed, step)
-    with accelerator.autocast():
-        groups = ffr.find_fix_reason(
-            student, questions, config.num_rollouts, ask, config.kappa, config.lam, seed
-        )
-        if config.log_reliance:
-            ffr.measure_reliance(student, groups)
-    return groups
-
-
-def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> None:
-    """A_i within each group; the std of a batch is of all processes' rollouts that count."""
-    rewards = torch.tensor([[chosen.reward for chosen in group] for group in groups])
-    batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
-    advantages = grpo.group_advantages(rewards, scale, batch_std)  # (questions, G)
-    for chosen, advantage in zip(flat(groups), advantages.flatten().tolist()):
-        chosen.advantage = advantage
-
-
-def update(config, accelerator, student, learner: Learner, groups, rows, spare) -> dict:
-    """J(θ) on the chosen rollouts' own tokens, under their own prompts."""
-    prompts, trained = ffr.episodes(groups)
-    tokens = max(sum(row["length"] for row in rows), 1)  # Σ|τ̂_i| of all processes
-    stand_in = ffr.stand_in(student, spare) if grpo.is_sharded(learner.model) else None
-    figures = grpo.update(
-        accelerator,
-        learner.model,
-        learner.optimizer,
-        grpo.Batch(prompts, trained, tokens, stand_in),
-        student.sampling,
-        config,
-        learner.reference,
-    )
-    learner.scheduler.step()
-    return figures
 
 
 def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
@@ -351,114 +337,94 @@ def interruptible():
 
 
 # --- metrics: what stands in metrics.jsonl (README, glossary) ---
+MEANS = ["unaided", "failure", "intervention", "reward", "format", "truncated", "length"]
+MEANS_OF_REPAIRS = ["fix", "align", "reliance", "patch_frames", "patch_seconds"]
+LARGEST = ["grad_norm", "logp_gap", "seconds_round", "seconds_update"]  # of the processes
+
+
 def describe(chosen: Chosen) -> dict:
     """A chosen rollout in the numbers that `summarize` works on."""
-    patch, error = chosen.patch, chosen.error
-    rollout, fps = chosen.rollout, chosen.question.video.fps
-    completions = [chosen.unaided.completion]
-    if chosen.repaired is not None:
-        completions.append(chosen.repaired.completion)
+    patch, error, completion = chosen.patch, chosen.error, chosen.rollout.completion
+    again = [] if chosen.repaired is None else chosen.repaired.completion.ids
+    frames = sum(last - first + 1 for first, last in patch.spans) if patch else 0
     return {
         "unaided": chosen.unaided.score.correct,
-        "repaired": chosen.repaired is not None,
-        "right": rollout.score.correct,
+        "failure": not chosen.unaided.score.correct,
+        "intervention": chosen.repaired is not None,
+        "fix": chosen.rollout.score.correct,
         "reward": chosen.reward,
-        "format": rollout.score.format,
+        "format": chosen.rollout.score.format,
         "align": chosen.align,
         "reliance": chosen.reliance,
-        "truncated": not rollout.completion.finished,
-        "length": len(rollout.completion.ids),
-        "sampled_tokens": sum(len(completion.ids) for completion in completions),
-        "entropy": float(rollout.completion.entropy.sum()),
+        "truncated": not completion.finished,
+        "length": len(completion.ids),
+        "entropy": float(completion.entropy.sum()),
+        "sampled_tokens": len(chosen.unaided.completion.ids) + len(again),
         "patch_frames": len(patch.key_frames) if patch else 0,
-        "patch_seconds": sum(b - a + 1 for a, b in patch.spans) / fps if patch else 0,
+        "patch_seconds": frames / chosen.question.video.fps,
         "cause": error and error.cause,
         "detail": error and error.detail,
     }
 
 
+def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
+    """A step's metrics, from `rows` of its rollouts and `updates`, the figures of its processes."""
+    repaired = [row for row in rows if row["intervention"]]
+    metrics = {name: mean(rows, name) for name in MEANS}
+    metrics |= {name: mean(repaired, name) for name in MEANS_OF_REPAIRS}
+    for name in updates[0]:
+        join = max if name in LARGEST else sum
+        metrics[name] = join(update[name] for update in updates)
+    turns = metrics["teacher_calls"] + metrics["teacher_hits"]
+    causes = [row["cause"] for row in rows if row["cause"]]
+    metrics["sampled_tokens"] = total(rows, "sampled_tokens")
+    metrics["entropy"] = total(rows, "entropy") / max(total(rows, "length"), 1)
+    metrics["repaired_advantage"] /= max(len(repaired), 1)
+    metrics["won_per_call"] = total(repaired, "fix") / max(turns, 1)
+    metrics["teacher_failures"] = len(causes)
+    for cause in causes:  # these come last
+        metrics[f"teacher_{cause}"] = causes.count(cause)
+    return metrics
+
+
 def mean(rows: list[dict], name: str) -> float:
-    return sum(row[name] for row in rows) / max(len(rows), 1)
+    return total(rows, name) / max(len(rows), 1)
 
 
 def total(rows: list[dict], name: str) -> float:
     return sum(row[name] for row in rows)
 
 
-def largest(rows: list[dict], name: str) -> float:
-    return max(row[name] for row in rows)
-
-
-def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics, from `rows` of its rollouts and `updates`, the figures of its processes."""
-    repaired = [row for row in rows if row["repaired"]]
-    causes = [row["cause"] for row in rows if row["cause"]]
-    turns = total(updates, "teacher_calls") + total(updates, "teacher_hits")
-    metrics = {
-        "unaided": mean(rows, "unaided"),
-        "failure": 1 - mean(rows, "unaided") if rows else 0.0,
-        "intervention": mean(rows, "repaired"),
-        "fix": mean(repaired, "right"),
-        "reward": mean(rows, "reward"),
-        "format": mean(rows, "format"),
-        "align": mean(repaired, "align"),
-        "reliance": mean(repaired, "reliance"),
-        "repaired_advantage": total(updates, "repaired_advantage") / max(len(repaired), 1),
-        "truncated": mean(rows, "truncated"),
-        "length": mean(rows, "length"),
-        "sampled_tokens": total(rows, "sampled_tokens"),
-        "entropy": total(rows, "entropy") / max(total(rows, "length"), 1),
-        "patch_frames": mean(repaired, "patch_frames"),
-        "patch_seconds": mean(repaired, "patch_seconds"),
-        "loss": total(updates, "loss"),
-        "kl": total(updates, "kl"),
-        "clipped": total(updates, "clipped"),
-        "grad_norm": largest(updates, "grad_norm"),
-        "logp_gap": largest(updates, "logp_gap"),
-        "skipped": float(total(updates, "skipped")),
-        "seconds_round": largest(updates, "seconds_round"),
-        "seconds_update": largest(updates, "seconds_update"),
-        "teacher_calls": total(updates, "teacher_calls"),
-        "teacher_hits": total(updates, "teacher_hits"),
-        "teacher_tokens": total(updates, "teacher_tokens"),
-        "teacher_seconds": total(updates, "teacher_seconds"),
-        "teacher_refused": total(updates, "teacher_refused"),
-        "won_per_call": total(repaired, "right") / max(turns, 1),
-        "teacher_failures": len(causes),
-    }
-    return metrics | {f"teacher_{cause}": causes.count(cause) for cause in causes}
-
-
-def report(config, accelerator, metrics: dict, groups, steps: int, bar: tqdm) -> None:
+def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
     """A step's metrics to metrics.jsonl, the trackers and the progress line; now and then a repair
     is drawn, eight in a run."""
-    step = metrics["step"]
+    step, repairs = metrics["step"], Path(run.config.out, "repairs")
     bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
-    accelerator.log(metrics, step=step)
-    if accelerator.is_main_process:
-        add_rows(Path(config.out, "metrics.jsonl"), [metrics])
-        drawn = [*Path(config.out, "repairs").glob("*.txt")]
-        if len(drawn) * steps <= 8 * (step - 1):
-            show_repair(config, accelerator, groups, step, drawn)
+    run.accelerator.log(metrics, step=step)
+    if not run.accelerator.is_main_process:
+        return
+    add_rows(Path(run.config.out, "metrics.jsonl"), [metrics])
+    drawn = [file.stem for file in repairs.glob("*.txt")]
+    if len(drawn) * run.steps <= 8 * (step - 1):
+        for chosen in repairs_to_show(flat(groups), drawn)[:1]:
+            verdict = "right" if chosen.repaired.score.correct else "wrong"
+            name = f"step-{step:04d}-{chosen.question.sample.id}-{verdict}"
+            file = repairs / (re.sub(r"[^\w-]", "_", name) + ".png")
+            ffr.draw_repair(chosen, run.config.kappa, run.config.lam, file)
+            track_picture(run.accelerator, file, step)
 
 
-def show_repair(config, accelerator, groups, step: int, drawn: list[Path]) -> None:
-    """Draw the step's first repair that came out right; one in four, that did not."""
-    repairs = [chosen for chosen in flat(groups) if chosen.repaired is not None]
-    right = [chosen for chosen in repairs if chosen.repaired.score.correct]
-    wrong = [chosen for chosen in repairs if not chosen.repaired.score.correct]
-    wrong_drawn = sum(file.stem.endswith("-wrong") for file in drawn)
-    candidates = right
+def repairs_to_show(chosen: list[Chosen], drawn: list[str]) -> list[Chosen]:
+    """A step's repairs that came out right; for one picture in four, those that did not first."""
+    repairs = [each for each in chosen if each.repaired is not None]
+    right = [each for each in repairs if each.repaired.score.correct]
+    wrong = [each for each in repairs if not each.repaired.score.correct]
+    wrong_drawn = sum(name.endswith("-wrong") for name in drawn)
     if not drawn:
-        candidates = right + wrong
-    elif 4 * wrong_drawn < len(drawn):
-        candidates = wrong + right
-    for chosen in candidates[:1]:
-        verdict = "right" if chosen.repaired.score.correct else "wrong"
-        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{chosen.question.sample.id}-{verdict}")
-        file = Path(config.out, "repairs", f"{name}.png")
-        ffr.draw_repair(chosen, config.kappa, config.lam, file)
-        track_picture(accelerator, file, step)
+        return right + wrong
+    if 4 * wrong_drawn < len(drawn):
+        return wrong + right
+    return right
 
 
 def track_picture(accelerator, file: Path, step: int) -> None:
@@ -486,19 +452,29 @@ def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64)
         mine = batch[accelerator.process_index :: processes]
         questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
         with accelerator.autocast():
-            groups = ffr.find_fix_reason(student, questions, 1, teach, 0.0, 0.0, ("evaluation",))
+            groups = ffr.find_fix_reason(
+                student, questions, 1, teach, kappa=0.0, lam=0.0, seed=("evaluation",)
+            )
         fresh = []
         for chosen in flat(groups):
-            sample = chosen.question.sample
-            row = {"id": sample.id, "type": sample.problem_type, "source": sample.source}
-            row["unaided"] = chosen.unaided.score.correct
-            row["assisted"] = chosen.rollout.score.correct
-            fresh += [row] if chosen.question.counts else []
+            if chosen.question.counts:
+                fresh.append(evaluation_row(chosen))
         fresh = gather_object(fresh)
         if accelerator.is_main_process:
             add_rows(file, fresh)
         rows += fresh
     return rows
+
+
+def evaluation_row(chosen: Chosen) -> dict:
+    sample = chosen.question.sample
+    return {
+        "id": sample.id,
+        "type": sample.problem_type,
+        "source": sample.source,
+        "unaided": chosen.unaided.score.correct,
+        "assisted": chosen.rollout.score.correct,
+    }
 
 
 def accuracy(rows: list[dict]) -> dict[str, dict]:
@@ -532,24 +508,14 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
         "intervention_first": mean(first, "intervention"),
         "intervention_last": mean(last, "intervention"),
         "fix_rate": fixed / repairs if repairs else None,
-        "teacher_failures": total(history, "teacher_failures"),
     }
     for row in history:
-        for name, count in row.items():
-            if name.startswith("teacher_") and name not in TEACHER_METRICS:
-                figures[name] = figures.get(name, 0) + count  # by cause
+        names = list(row)
+        for name in names[names.index("teacher_failures") :]:  # and after it those by cause
+            figures[name] = figures.get(name, 0) + row[name]
     return figures
 
 
-# Those of `summarize`; the others that begin so are failures by cause.
-TEACHER_METRICS = {
-    "teacher_calls",
-    "teacher_hits",
-    "teacher_tokens",
-    "teacher_seconds",
-    "teacher_refused",
-    "teacher_failures",
-}
 MEANINGS = {
     "unaided_before": "held-out questions answered right before training",
     "unaided_after": "and after it",
@@ -569,15 +535,14 @@ def print_table(figures: dict) -> None:
     print()
     for name, value in figures.items():
         words = MEANINGS.get(name, "")
-        if value is None:
-            words = "no --eval_data, so nothing was asked"
-            if name == "fix_rate":
-                causes = [key for key in figures if key.startswith("teacher_")]
-                counts = ", ".join(f"{key} {figures[key]}" for key in causes if figures[key])
-                words = f"no patch was given ({counts or 'none was asked for'})"
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             words = "95 % {low:.3f} to {high:.3f}, n {n}".format(**value)
             value = value["accuracy"]
+        elif value is None and name != "fix_rate":
+            words = "without --eval_data nothing was asked"
+        elif value is None:
+            causes = [f"{key} {figures[key]}" for key in figures if key.startswith("teacher_")]
+            words = f"no patch was given: {', '.join(causes)}"
         shown = f"{value:.3f}" if isinstance(value, float) else str(value)
         print(f"  {name:20} {shown:8} {words}".rstrip())
 
@@ -691,10 +656,13 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
         accelerator.save_state(str(folder / "part"))
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         full = re.search("No space|too large|write failed|quota", str(error), re.IGNORECASE)
-        what = f"no room for a checkpoint of step {step}?" if full else f"no checkpoint of {step}:"
+        what = (
+            f"no room for a checkpoint of step {step}?" if full else f"no checkpoint of step {step}"
+        )
+        reason = " ".join(str(error).split())
         raise SystemExit(
-            f"train.py: {what} ({' '.join(str(error).split())}) Mend that and --resume True "
-            f"goes on from {newest_checkpoint(config)}"
+            f"train.py: {what} ({reason}); mend that, and --resume True goes on from "
+            f"{newest_checkpoint(config)}"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -704,45 +672,45 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
     return folder / f"{step:06d}"
 
 
-def save_model(config: Config, accelerator, student: Student, model) -> None:
-    weights = accelerator.get_state_dict(model)  # whole, where they are sharded
-    if accelerator.is_main_process:
-        folder = Path(config.out, "model")
+def save_model(run: Run) -> None:
+    weights = run.accelerator.get_state_dict(run.model)  # whole, where they are sharded
+    if run.accelerator.is_main_process:
+        folder = Path(run.config.out, "model")
         shutil.rmtree(folder, ignore_errors=True)  # weights and adapters do not mix
-        student.model.save_pretrained(folder, state_dict=weights)
-        student.processor.save_pretrained(folder)
+        run.student.model.save_pretrained(folder, state_dict=weights)
+        run.student.processor.save_pretrained(folder)
 
 
 def open_run(config: Config, processes: int) -> None:
     """Write the manifest: all that a run's figures depend on. --resume refuses where it differs;
-    without it, a run in OUT is refused (in tiny mode it is replaced)."""
+    without it, a run in OUT is refused. A tiny run replaces a tiny run."""
     out = Path(config.out)
     file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
     now = vars(config) | {"processes": processes}
     now["versions"] = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     files = [path for path in (config.data, config.eval_data, config.skip) if path]
     now["sha256"] = {path: data.digest(path) for path in files}
-    then = json.loads(file.read_text()) if file.is_file() and any(out.glob("*.jsonl")) else {}
+
+    then = json.loads(file.read_text()) if file.is_file() else {}
     differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
-    if then and config.resume and differ:
+    begun = bool(then) and any(out.glob("*.jsonl"))
+    if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    if then and config.model and not config.resume:
+    if begun and not config.resume and (config.model or then["model"]):
         raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
-    if not config.model and not config.resume:
-        remove_run(out)
+    if then and not config.resume and not config.model:
+        print(f"train.py: {out} holds a tiny run; this one replaces it")
+        remove_tiny_run(out)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def remove_run(out: Path) -> None:
-    """Remove all that a run writes into its folder, and nothing else."""
-    names = ["manifest.json", "summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl"]
-    names += ["checkpoints", "repairs", "model", "ffr"]
-    found = [out / name for name in names if (out / name).exists()]
-    if found:
-        print(f"train.py: {out} held a tiny run, which this one replaces")
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_tiny_run(out: Path) -> None:
+    """Remove what tiny mode writes, so that an interrupted run leaves no mixture of two."""
+    for name in ("manifest.json", "summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl"):
+        Path(out, name).unlink(missing_ok=True)
+    for name in ("checkpoints", "repairs", "model", "ffr", *NEEDLES):  # ffr: a tracker's
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 # --- main ---
@@ -796,7 +764,8 @@ def of_launcher(what: str) -> str:
 def tiny_run(config: Config, accelerator) -> Config:
     """Tiny mode's settings: the shipped cold start, and needle videos, which are written here."""
     ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
-    accelerator.print("Tiny mode; in brackets, with --model:", *ours[2:], sep="\n  ")
+    accelerator.print("Tiny mode. (A notice above is accelerate's: its defaults are right here.)")
+    accelerator.print("In brackets, with --model:", *ours[2:], sep="\n  ")
     if accelerator.is_main_process:
         for name, (count, seed) in NEEDLES.items():
             data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)

@@ -240,14 +240,14 @@ def learn(job: tuple) -> dict:
         if tokens >= BUDGET:
             raise Spent
 
-    def one_round(student, asked, num_rollouts, ask, kappa, lam, key) -> list:
+    def one_round(student, asked, num_rollouts, ask, kappa, lam, seed) -> list:
         nonlocal tokens, prompt_tokens
         stop_or_measure()
 
         def told(cases: list) -> list:
             return [change(arm, *pair, rng) for pair in zip(ask(cases), cases)]
 
-        groups = ONE_ROUND(student, asked, num_rollouts, ask and told, kappa, lam, key)
+        groups = ONE_ROUND(student, asked, num_rollouts, ask and told, kappa, lam, seed)
         rollouts = [r for group in groups for r in group]
         sampled = [x for r in rollouts for x in (r.unaided, r.repaired) if x]
         tokens += sum(len(x.completion.ids) for x in sampled)

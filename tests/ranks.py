@@ -184,13 +184,13 @@ def tokens(folder, out):
         student.sampling.max_completion_length = 3
     batches, ids, update, find = [], [], grpo.update, ffr.find_fix_reason
 
-    def keep(*arguments):
+    def keep(*arguments, **settings):
         batches.append(arguments[3])
-        return update(*arguments)
+        return update(*arguments, **settings)
 
-    def watch(student, questions, *more):
+    def watch(student, questions, *more, **settings):
         ids.extend(q.sample.id for q in questions)
-        return find(student, questions, *more)
+        return find(student, questions, *more, **settings)
 
     grpo.update, ffr.find_fix_reason = keep, watch
     spare = ffr.open_question(student, samples[0])

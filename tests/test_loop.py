@@ -90,7 +90,7 @@ def with_another_rank(monkeypatch, rewards, length):
 
     def both(objects):
         rows = gather(objects)
-        if rows and "reward" in rows[0]:
+        if rows and isinstance(rows[0], dict) and "reward" in rows[0]:
             rows = rows + [rows[0] | {"reward": r, "length": length} for r in rewards]
         return rows
 
@@ -144,9 +144,9 @@ def test_two_unequal_processes_divide_by_the_same_count(folder, model_folder, tm
 def rates_of(monkeypatch):
     rates, update = [], grpo.update
 
-    def spy(accelerator, model, optimizer, *more):
+    def spy(accelerator, model, optimizer, *more, **settings):
         rates.append(optimizer.param_groups[0]["lr"])
-        return update(accelerator, model, optimizer, *more)
+        return update(accelerator, model, optimizer, *more, **settings)
 
     monkeypatch.setattr(grpo, "update", spy)
     return rates

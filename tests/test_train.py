@@ -55,7 +55,7 @@ def recorded_update(monkeypatch):
     calls, update = [], grpo.update
 
     def keep(*args, **kwargs):
-        calls.append(args)
+        calls.append((*args, *kwargs.values()))
         return update(*args, **kwargs)
 
     monkeypatch.setattr(grpo, "update", keep)
@@ -273,11 +273,11 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
     monkeypatch.setattr(train.evaluate, "__defaults__", (2,))  # at once
     find, asked = ffr.find_fix_reason, []
 
-    def dies_at_the_second_batch(student, questions, *more):
+    def dies_at_the_second_batch(student, questions, *more, **settings):
         asked.append([q.sample.id for q in questions])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return find(student, questions, *more)
+        return find(student, questions, *more, **settings)
 
     monkeypatch.setattr(ffr, "find_fix_reason", dies_at_the_second_batch)
     monkeypatch.setattr(sys, "argv", arguments)
