@@ -655,13 +655,8 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
     try:
         accelerator.save_state(str(folder / "part"))
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        full = re.search("No space|too large|write failed|quota", str(error), re.IGNORECASE)
-        what = (
-            f"no room for a checkpoint of step {step}?" if full else f"no checkpoint of step {step}"
-        )
-        reason = " ".join(str(error).split())
         raise SystemExit(
-            f"train.py: {what} ({reason}); mend that, and --resume True goes on from "
+            f"train.py: {checkpoint_fault(error, step)}; mend that, and --resume True goes on from "
             f"{newest_checkpoint(config)}"
         ) from error
     accelerator.wait_for_everyone()
@@ -670,6 +665,15 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
         for old in sorted(folder.glob("[0-9]*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)
     return folder / f"{step:06d}"
+
+
+def checkpoint_fault(error: BaseException, step: int) -> str:
+    """What kept a checkpoint from being written; torch wraps the errors of ranks into one."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    reason = " ".join(str((causes or [error])[0]).split())
+    if re.search("No space|too large|write failed|quota", reason, re.IGNORECASE):
+        return f"no room for a checkpoint of step {step}? ({reason})"
+    return f"no checkpoint of step {step} ({reason})"
 
 
 def save_model(run: Run) -> None:

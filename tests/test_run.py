@@ -1,0 +1,308 @@
+"""What a run does for its user: Ctrl-C, checkpoints, threads, trackers, the last table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from traceback import StackSummary
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import same, train_once
+from torch.distributed.checkpoint.api import CheckpointException
+
+import data
+import ffr
+import grpo
+import train
+from reward import Score
+from teacher import EvidencePatch, TeacherError
+
+
+def interrupting(teach, at, times=1):
+    """The teacher, who is interrupted by Ctrl-C while it is asked for the `at`-th time."""
+    asked = []
+
+    def ask(cases, **more):
+        asked.append(cases)
+        if len(asked) == at:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return teach(cases, **more)
+
+    return ask
+
+
+SETTINGS = {"max_steps": 4, "learning_rate": 1e-3, "save_steps": 99, "keep_checkpoints": 9}
+
+
+def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if_nothing_was(
+    make_config, accelerator, samples, teach, some_right, tmp_path, capsys
+):
+    whole, history = train_once(
+        make_config(**SETTINGS), train.Accelerator(cpu=True), samples, teach
+    )
+    for name in ("metrics.jsonl", "repairs", "model"):
+        (tmp_path / name).rename(tmp_path / f"whole-{name}")
+    capsys.readouterr()
+    told = "interrupted after step 2, which is saved in .*checkpoints/000002; .*--resume True goes"
+    with pytest.raises(SystemExit, match=told):
+        train_once(make_config(**SETTINGS), accelerator, samples, interrupting(teach, at=2))
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("once more leaves at once") == 1
+    assert [row["step"] for row in train.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    config, fresh = make_config(**SETTINGS, resume=True), train.Accelerator(cpu=True)
+    student = train.load_student(config, fresh)
+    spare = ffr.open_question(student, samples[0])
+    rest = train.train(config, fresh, student, samples, teach, spare)
+    assert same(whole, student)
+    assert [row["reward"] for row in rest] == [row["reward"] for row in history]
+
+
+def test_a_second_ctrl_c_leaves_at_once(
+    make_config, accelerator, samples, teach, some_right, monkeypatch
+):
+    now = iter(range(0, 1000, 5))  # seconds: it is not the first one, passed on by a launcher
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    with pytest.raises(KeyboardInterrupt):
+        train_once(
+            make_config(**SETTINGS), accelerator, samples, interrupting(decline, at=2, times=2)
+        )
+
+
+def decline(cases, **_):
+    return [TeacherError("declined")] * len(cases)
+
+
+def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
+    with train.interruptible() as interrupts:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert len(interrupts) == 1
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(28, "No space left on device"), "no room for a checkpoint of step 1?"),
+        (OSError(30, "Read-only file system"), "no checkpoint of step 1 .*Read-only file system"),
+        (
+            CheckpointException("save", {1: (OSError("rank 1 is lost"), StackSummary())}),
+            "no checkpoint of step 1 .rank 1 is lost.; mend that",
+        ),
+    ],
+)
+def test_checkpoint_that_cannot_be_written_says_its_own_reason(
+    make_config, accelerator, samples, monkeypatch, error, words
+):
+    def save_state(folder):
+        raise error
+
+    monkeypatch.setattr(accelerator, "save_state", save_state)
+    with pytest.raises(SystemExit, match=words):
+        train_once(make_config(max_steps=1), accelerator, samples, None)
+
+
+def tiny_main(monkeypatch, out, *more):
+    monkeypatch.setattr(train, "NEEDLES", {"train": (4, 2), "held_out": (2, 3)})
+    arguments = ["train.py", "--out", str(out), "--max_steps", "1", "--num_rollouts", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *more])
+    train.main()
+
+
+def test_interrupted_second_tiny_run_leaves_nothing_of_the_first(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "tiny"
+    tiny_main(monkeypatch, out)
+    assert "replaces" not in capsys.readouterr().out
+    first = {file for file in out.rglob("*") if file.is_file()}
+    names = {file.relative_to(out).parts[0] for file in first}
+    assert {"summary.json", "model", "checkpoints", "before.jsonl", "after.jsonl"} <= names
+    (out / "notes.txt").write_text("mine")
+    os.utime(out / "notes.txt", (1, 1))
+    for file in first:
+        os.utime(file, (1, 1))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_main(monkeypatch, out, "--seed", "1")
+    assert "holds a tiny run; this one replaces it" in capsys.readouterr().out
+    old = [file.name for file in out.rglob("*") if file.is_file() and file.stat().st_mtime == 1]
+    assert old == ["notes.txt"]
+
+
+def test_tiny_mode_does_not_replace_another_run(monkeypatch, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"model": "a 7B"}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(SystemExit, match="holds a run: --resume it, remove it or choose"):
+        tiny_main(monkeypatch, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_users_number_of_threads_counts_also_behind_a_launcher(monkeypatch):
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(train, "of_launcher", lambda what: "")
+    assert train.threads_of(2) == 3
+    monkeypatch.setattr(train, "of_launcher", lambda what: "HOME=/ OMP_NUM_THREADS=2 LANG=C")
+    assert train.threads_of(2) == 2
+    monkeypatch.setattr(train, "of_launcher", lambda what: "HOME=/ MY_OMP_NUM_THREADS=2 LANG=C")
+    assert [train.threads_of(n) for n in (1, 4, 8, 32)] == [4, 4, 2, 1]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(train, "of_launcher", lambda what: "")
+    assert train.threads_of(8) == 2
+
+
+def launch(*arguments, **environment):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=clean | environment, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_accelerate_launch_keeps_the_users_threads_and_refuses_processes_it_does_not_start(
+    tmp_path,
+):
+    script = tmp_path / "threads.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train, torch\n"
+        "train.start(train.parse([]))\n"
+        "print('threads', torch.get_num_threads())\n"
+    )
+    idle = min(4, len(os.sched_getaffinity(0)))
+    assert f"threads {idle}\n" in launch(str(script)).stdout
+    assert "threads 1\n" in launch(str(script), OMP_NUM_THREADS="1").stdout
+    two = launch("--cpu", "--num_processes", "2", "train.py", "--out", str(tmp_path / "two"))
+    assert two.returncode and "train.py: on a CPU accelerate launch starts one" in two.stderr
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_metrics_and_a_repair_as_a_picture(
+    monkeypatch, tmp_path, model_folder, samples
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(train, "NEEDLES", {"train": (4, 2), "held_out": (2, 3)})
+    arguments = ["--out", str(tmp_path), "--max_steps", "2", "--log_with", "tensorboard"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+    (file,) = tmp_path.glob("ffr/events*")
+    events = EventAccumulator(str(file), size_guidance={"images": 0})
+    events.Reload()
+    rows = train.read_rows(tmp_path / "metrics.jsonl")
+    for name in ("unaided", "reward", "teacher_calls", "grad_norm"):
+        scalars = events.Scalars(name)
+        assert [event.step for event in scalars] == [1, 2]
+        assert [event.value for event in scalars] == pytest.approx([row[name] for row in rows])
+    pictures, files = events.Images("repair"), sorted(tmp_path.glob("repairs/*.png"))
+    assert [picture.step for picture in pictures] == [1, 2] and len(files) == 2
+    for picture, file in zip(pictures, files):
+        assert (picture.width, picture.height) == data.Image.open(file).size
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_config):
+    with pytest.raises(SystemExit, match="--log_with nothing: pip install it"):
+        make_config(log_with="nothing")
+
+
+def test_reliance_is_what_a_repair_loses_without_its_patch(
+    make_config, accelerator, samples, teach, some_right, tmp_path
+):
+    config = make_config(max_steps=2, learning_rate=1e-3)
+    plain, history = train_once(config, accelerator, samples, teach)
+    (tmp_path / "metrics.jsonl").unlink()
+    config.log_reliance = True
+    logged, measured = train_once(config, accelerator, samples, teach)
+    assert same(plain, logged)  # it only looks
+    assert all(row["reliance"] == 0 for row in history)
+    assert all(row["reliance"] != 0 for row in measured)
+
+
+def test_reliance_by_completion_logps(student, questions, teach):
+    groups = ffr.find_fix_reason(student, questions[:2], 2, teach, 0.3, 0.1, (0, 0))
+    groups[1][1].repaired = None
+    ffr.measure_reliance(student, groups)
+    for chosen in ffr.flat(groups)[:3]:
+        ids = chosen.repaired.completion.ids
+        prompts = (chosen.question.prompt, chosen.repaired.prompt)
+        bare, patched = (
+            grpo.completion_logps(student.model, prompt, ids, student.sampling).mean()
+            for prompt in prompts
+        )
+        assert chosen.reliance == pytest.approx(float(bare - patched), abs=1e-4)
+        assert abs(chosen.reliance) > 1e-4
+    assert groups[1][1].reliance == 0
+
+
+def chosen_with(correct: bool | None) -> ffr.Chosen:
+    score = Score(0.0, 0.0, bool(correct))
+    rollout = ffr.Rollout({}, None, "", score)
+    return ffr.Chosen(None, 0, rollout, repaired=None if correct is None else rollout)
+
+
+def test_one_picture_in_four_is_of_a_repair_that_did_not_help():
+    step, drawn = [chosen_with(None), chosen_with(False), chosen_with(True)], []
+    for _ in range(8):
+        (shown, *_) = train.repairs_to_show(step, drawn)
+        drawn.append("right" if shown.repaired.score.correct else "x-wrong")
+    assert drawn.count("x-wrong") == 2 and drawn[0] == "right"
+    assert train.repairs_to_show([chosen_with(None)], []) == []
+    useless = [chosen_with(False)]
+    assert train.repairs_to_show(useless, []) == useless  # better than no picture
+
+
+def test_last_table_says_what_its_figures_are_and_why_there_is_none(capsys):
+    row = {"failure": 1.0, "intervention": 0.0, "fix": 0.0}
+    row |= {"teacher_failures": 6, "teacher_http_402": 6}
+    train.print_table(train.summarize_run([], [], [row] * 3))
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in said.strip().splitlines()}
+    assert lines["unaided_after"] == ["None", "without --eval_data nothing was asked"]
+    assert lines["failure_first"][0] == "1.000" and "first third" in lines["failure_first"][1]
+    why = "no patch was given: teacher_failures 18, teacher_http_402 18"
+    assert lines["fix_rate"] == ["None", why]
+    assert lines["teacher_failures"] == ["18", "wrong answers that got no patch"]
+
+
+def test_evidence_may_stand_before_the_question(student, questions, monkeypatch):
+    """One function says where it stands; sampled and scored log-probs stay equal, also in rows
+    that a group's rollouts share."""
+
+    def before(text, evidence):
+        return [{"type": "video"}, *evidence, {"type": "text", "text": text}]
+
+    monkeypatch.setattr(ffr, "user_turn", before)
+    patches = [EvidencePatch("temporal", "look", key_frames=[k], spans=[(k, k)]) for k in (3, 9)]
+    groups = ffr.find_fix_reason(
+        student, questions[:2], 2, lambda cases: patches * 2, 0.3, 0.1, (0, 0)
+    )
+    prompts, episodes = ffr.episodes(groups)
+    text = student.processor.tokenizer.decode(prompts[2]["input_ids"][0])
+    assert text.lower().index("guidance") < text.index(questions[0].sample.question.split()[0])
+    for row_tokens in (8192, 0):
+        logps, mask = grpo.batched_logps(
+            student.model, prompts, episodes, student.sampling, row_tokens
+        )
+        for episode, own in zip(episodes, logps):
+            gap = episode.sampled_logps - own[: len(episode.ids)]
+            assert gap.abs().max() < 1e-4
+            alone = grpo.completion_logps(
+                student.model, prompts[episode.prompt], episode.ids, student.sampling
+            )
+            assert torch.allclose(alone, own[: len(alone)], atol=1e-4)
+
+
+def test_refusals_and_ctrl_c_leave_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--kappa", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.py: --kappa") and done.returncode == 1
