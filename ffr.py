@@ -25,6 +25,7 @@ from typing import Annotated, get_type_hints
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import HfArgumentParser
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from data import PATIENCE, Sample, Video, fit
@@ -589,8 +590,10 @@ def explain(arguments: list[str]) -> None:
 
 
 def load_student(config) -> Student:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, processor = load_policy(config.model)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     sampling = load_sampling(config, model, processor)
     return Student(model.to(device), processor, sampling, config)
 

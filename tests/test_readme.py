@@ -1,5 +1,6 @@
 """What the README says is so: names, figures, commands."""
 
+import dataclasses
 import json
 import math
 import re
@@ -31,7 +32,9 @@ def test_every_named_function_exists():
 def test_the_table_is_the_measured_one():
     for name, value in json.loads((ROOT / "assets" / "tiny.json").read_text()).items():
         shown = f"{value:.3f}" if isinstance(value, float) else str(value)
-        assert re.search(rf"^  {name} +{re.escape(shown)}$", README, re.MULTILINE), name
+        words = train.MEANINGS.get(name, "")
+        line = f"  {name:20} {shown:8} {words}".rstrip()
+        assert line in README.splitlines(), name
 
 
 def test_leak_table_is_the_measured_one():
@@ -215,9 +218,9 @@ def test_why_a_video_was_misread_is_told_and_drawn(
     sample = samples[0]
     evidence = teacher.scripted({"video": sample.truth["evidence"]})
     monkeypatch.setattr(
-        train,
+        ffr,
         "load_teacher",
-        lambda *_: lambda cases: train.teacher.diagnose(cases, evidence, reward.gate),
+        lambda *_, **__: lambda cases: teacher.diagnose(cases, evidence, reward.gate),
     )
     ffr.explain(
         [
@@ -246,6 +249,31 @@ def test_why_a_video_was_misread_is_told_and_drawn(
     assert re.match(r"0 of 8 right at first \(exact\), \d of 8 with a patch\.", said)
     assert "Fix: the evidence patch" in said and "Moments: <" in said
     assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+def test_the_round_and_its_command_need_no_train(samples, model_folder, tmp_path):
+    """ffr.py with the four files that it stands on: README's loop and `python ffr.py VIDEO`."""
+    for name in ("ffr", "teacher", "reward", "grpo", "data"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    loop = snippet("ffr.find_fix_reason") + "\nprint(sum(c.repaired is not None for c in group))"
+    done = run_alone(tmp_path, "-c", loop)
+    assert int(done.stdout) > 0
+    sample = samples[0]
+    given = {"question": sample.question, "answer": sample.answer, "model": model_folder}
+    given |= {"teacher_model": model_folder, "prompt": "{question}", "num_frames": "4"}
+    given |= {"max_completion_length": "4", "teacher_max_tokens": "4", "num_rollouts": "2"}
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    done = run_alone(tmp_path, "ffr.py", sample.path, *flags)
+    assert "0 of 2 right at first (free-form), 0 of 0 with a patch." in done.stdout
+
+
+def run_alone(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, tmp_path):
@@ -290,10 +318,10 @@ def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for f in train.fields(train.Config):
+    for f in dataclasses.fields(train.Config):
         assert f"--{f.name} " in shown
     for part in (
-        "rollouts and objective: --num_rollouts",
+        "The round: --num_rollouts",
         "[0.04; tiny mode 0.0]",
         "[5e-06; tiny mode",
     ):
