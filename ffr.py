@@ -20,7 +20,7 @@ import sys
 import textwrap
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -526,7 +526,7 @@ class Query:
     answer: Annotated[str, "the right one"]
     model: Annotated[str, "the student: folder or hub name of a video VLM"]
     options: Annotated[list[str], "as 'A. a dog' 'B. a cat'"] = field(default_factory=list)
-    problem_type: Annotated[str, "by default as the options say"] = ""
+    problem_type: Annotated[Literal[("", *SUFFIXES)], "by default as the options say"] = ""
     out: Annotated[str, "folder for why.png and why.txt"] = "runs/why"
     seed: Annotated[int, "of what is sampled"] = 0
 
@@ -556,6 +556,8 @@ def explain(arguments: list[str]) -> None:
     parser.set_defaults(teacher="local")
     config = parser.parse_args(arguments)
     try:
+        if not config.teacher_model:
+            raise ValueError("give --teacher_model, who looks at the video")
         student = load_student(config)
         teach = load_teacher(config, student.model.device, gate, answers, evidence={})
         question = open_question(student, sample_of(config))
