@@ -18,6 +18,7 @@ import hashlib
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -50,137 +51,6 @@ Reason first, between <think> and </think>, and cite the moments of the video, i
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 
 
-# --- the round: Find → Fix → Reason ---
-def find_fix_reason(
-    student: "Student",
-    questions: list["Question"],
-    num_rollouts: int,
-    teacher,
-    kappa: float,
-    lam: float,
-    seed: tuple,
-) -> list[list["Chosen"]]:
-    """One round for a batch of questions: of each question, `num_rollouts` chosen rollouts.
-
-    `teacher` turns a list of `Case` into as many `EvidencePatch | TeacherError`; None is plain
-    GRPO. Each rollout is seeded by (seed, sample, place), so it does not depend on the others.
-    """
-    groups = first_pass(student, questions, num_rollouts, seed)
-    if teacher is not None:
-        find_and_fix(groups, teacher)
-        reason_again(student, groups, seed)
-    choose_and_reward(groups, kappa, lam)
-    return groups
-
-
-def first_pass(student, questions, num_rollouts: int, seed: tuple) -> list[list["Chosen"]]:
-    """Sample τ_i ~ π_old(· | x), i = 1 … G, for each question, and verify them: z_i."""
-    prompts = [question.prompt for question in questions]
-    seeds = [
-        [seed_of(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
-        for question in questions
-    ]
-    groups = []
-    answers = generate(student.model, prompts, seeds, student.sampling)
-    for question, completions in zip(questions, answers):
-        group = []
-        for place, completion in enumerate(completions):
-            unaided = judge(student, question, question.prompt, completion)
-            group.append(Chosen(question, place, unaided))
-        groups.append(group)
-    return groups
-
-
-def find_and_fix(groups: list[list["Chosen"]], teacher) -> None:
-    """Ask the teacher about all failures of the step together: c_i = T(x, y, τ_i) where z_i = 0.
-    Each gets a patch, or the error that says why there is none."""
-    failures = []
-    for chosen in flat(groups):
-        if chosen.question.counts and not chosen.rollout.score.correct:
-            failures.append(chosen)
-    if not failures:
-        return
-
-    verdicts = teacher([case_of(chosen.question, chosen.rollout.text) for chosen in failures])
-    for chosen, verdict in zip(failures, verdicts):
-        if isinstance(verdict, TeacherError):
-            chosen.error = verdict  # τ_i stays, with its plain reward, untaxed
-        else:
-            chosen.patch = verdict
-
-
-def reason_again(student, groups: list[list["Chosen"]], seed: tuple) -> None:
-    """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify them.
-
-    Failures of a question that were given equal patches answer one and the same prompt. A patch
-    that makes no prompt (too long, or a frame does not decode) costs its failures their repair.
-    """
-    alike = {}  # question and patch → the failures that got it
-    for number, group in enumerate(groups):
-        for chosen in group:
-            if chosen.patch is not None:
-                alike.setdefault((number, repr(chosen.patch)), []).append(chosen)
-
-    prompts, seeds, waiting = [], [], []
-    for failures in alike.values():
-        question, patch = failures[0].question, failures[0].patch
-        try:
-            prompts.append(encode(student, question, patch))
-        except ValueError as error:
-            for chosen in failures:
-                chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
-            continue
-        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in failures])
-        waiting.append(failures)
-
-    if is_sharded(student.model):  # a rank without repairs must make the call, too
-        prompts.append(stand_in(student, groups[0][0].question))
-        seeds.append([0])
-    answers = generate(student.model, prompts, seeds, student.sampling) if prompts else []
-    for prompt, failures, completions in zip(prompts, waiting, answers):
-        for chosen, completion in zip(failures, completions):
-            chosen.repaired = judge(student, chosen.question, prompt, completion)
-
-
-def choose_and_reward(groups: list[list["Chosen"]], kappa: float, lam: float) -> None:
-    """R̃_i of the chosen rollout: τ_i's own where z_i = 1, else τ*_i's, less the tax κ."""
-    for chosen in flat(groups):
-        repaired_score = None
-        if chosen.repaired is not None:
-            repaired_score = chosen.repaired.score
-            question = chosen.question
-            spans = [tuple(map(question.video.seconds, span)) for span in chosen.patch.spans]
-            chosen.align = alignment(chosen.repaired.text, spans, question.spacing / 2)
-        chosen.reward = robust_improvement_reward(
-            chosen.unaided.score, repaired_score, chosen.align, kappa, lam
-        )
-
-
-# --- what the round is about ---
-@dataclass
-class View:
-    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
-    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
-    frame_pixels: Annotated[int, "at most so many pixels in each of them"] = 128 * 28 * 28
-    picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
-    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
-    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = (
-        PATIENCE
-    )
-
-
-@dataclass
-class Method:
-    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
-    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
-    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
-
-
 @dataclass
 class Student:
     """π_θ, and how it sees and answers."""
@@ -188,7 +58,7 @@ class Student:
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    view: View
+    view: "View"
 
 
 @dataclass
@@ -200,7 +70,7 @@ class Question:
     indices: list[int]  # original frames shown to the student
     frames: list[Image.Image]
     prompt: dict | None = None  # x as model inputs
-    counts: bool = True  # False for a stand-in that must not be trained on
+    counts: bool = True  # False: in the place of a record that does not open, trains nothing
 
     @property
     def spacing(self) -> float:
@@ -221,7 +91,8 @@ class Rollout:
 
 @dataclass
 class Chosen:
-    """A place in a question's group: the first answer, its repair if there is one, the reward."""
+    """A place in a question's group: the first answer, its repair if there is one, and which of
+    the two is trained, with which reward."""
 
     question: Question
     place: int
@@ -231,7 +102,7 @@ class Chosen:
     repaired: Rollout | None = None  # τ*
     align: float = 0.0
     reward: float = 0.0  # R̃
-    advantage: float = 0.0  # A_i, which the caller sets
+    advantage: float = 0.0  # A_i, from the rewards of the group; train.py sets it
     reliance: float = 0.0  # of a repair on its patch, where it is measured
 
     @property
@@ -240,18 +111,174 @@ class Chosen:
         return self.unaided if self.repaired is None else self.repaired
 
 
+# What the teacher is to the round: failed cases in, as many patches or reasons why not out.
+Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
+
+
+# --- the round: Find → Fix → Reason ---
+def find_fix_reason(
+    student: Student,
+    questions: list[Question],
+    num_rollouts: int,
+    teacher: Teacher | None,
+    kappa: float,
+    lam: float,
+    seed: tuple,
+) -> list[list[Chosen]]:
+    """One round for a batch of questions: of each question, `num_rollouts` chosen rollouts.
+
+    Without a `teacher` it is plain GRPO's. Each rollout is seeded by (seed, sample, place, "first"
+    or "again"), so it does not depend on the others. The caller computes the advantages.
+    """
+    groups = first_pass(student, questions, num_rollouts, seed)
+    if teacher is not None:
+        find_and_fix(groups, teacher)
+        reason_again(student, groups, seed)
+    choose_and_reward(groups, kappa, lam)
+    return groups
+
+
+def first_pass(
+    student: Student, questions: list[Question], num_rollouts: int, seed: tuple
+) -> list[list[Chosen]]:
+    """Sample τ_i ~ π_old(· | x), i = 1 … G, for each question, and verify it: z_i."""
+    prompts = [question.prompt for question in questions]
+    seeds = [
+        [seed_of(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
+        for question in questions
+    ]
+    groups = []
+    completions = generate(student.model, prompts, seeds, student.sampling)
+    for question, its_completions in zip(questions, completions):
+        group = []
+        for place, completion in enumerate(its_completions):
+            unaided = judge(student, question, question.prompt, completion)  # its score has z_i
+            group.append(Chosen(question, place, unaided))
+        groups.append(group)
+    return groups
+
+
+def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
+    """A completion as text, with its score: R, R_fmt, and z, whether the answer is right."""
+    text, sample = decode(student, completion.ids), question.sample
+    return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
+
+
+def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> None:
+    """Ask the teacher about all failures of the step together: c_i = T(x, y, τ_i) where z_i = 0.
+    Each gets a patch, or the error that says why there is none."""
+    failures = []
+    for chosen in flat(groups):
+        if chosen.question.counts and not chosen.unaided.score.correct:
+            failures.append(chosen)
+    if not failures:
+        return
+
+    replies = teacher([case_of(chosen.question, chosen.unaided.text) for chosen in failures])
+    for chosen, reply in zip(failures, replies):
+        if isinstance(reply, TeacherError):
+            chosen.error = reply
+        else:
+            chosen.patch = reply
+
+
+def reason_again(student: Student, groups: list[list[Chosen]], seed: tuple) -> None:
+    """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it.
+
+    Failures of one question with equal patches share a prompt. A patch that makes no prompt (too
+    long, or a frame does not decode) costs its failures their repair.
+    """
+    by_prompt = {}
+    for number, group in enumerate(groups):
+        for chosen in group:
+            if chosen.patch is not None:
+                by_prompt.setdefault((number, repr(chosen.patch)), []).append(chosen)
+
+    prompts, seeds, repairable = [], [], []
+    for failures in by_prompt.values():
+        question, patch = failures[0].question, failures[0].patch
+        try:
+            prompts.append(encode(student, question, patch))
+        except ValueError as error:
+            for chosen in failures:
+                chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
+            continue
+        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in failures])
+        repairable.append(failures)
+
+    if is_sharded(student.model):  # a rank without repairs must make the call, too
+        prompts.append(stand_in(student, groups[0][0].question))  # last: nobody waits for it
+        seeds.append([0])
+    completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
+    for prompt, failures, its_completions in zip(prompts, repairable, completions):
+        for chosen, completion in zip(failures, its_completions):
+            chosen.repaired = judge(student, chosen.question, prompt, completion)
+
+
+def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
+    """τ̂_i, which is `Chosen.rollout`, and R̃_i: R + R_fmt of τ_i where z_i = 1 or there is no patch;
+    else those of τ*_i, less κ, and λ · align where it is right (`robust_improvement_reward`)."""
+    for chosen in flat(groups):
+        repaired_score = None
+        if chosen.repaired is not None:
+            repaired_score = chosen.repaired.score
+            question = chosen.question
+            spans = [tuple(map(question.video.seconds, span)) for span in chosen.patch.spans]
+            chosen.align = alignment(chosen.repaired.text, spans, tolerance=question.spacing / 2)
+        chosen.reward = robust_improvement_reward(
+            chosen.unaided.score, repaired_score, chosen.align, kappa, lam
+        )
+
+
+def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
+    """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
+    chosen rollout, under the prompt that it answers. What does not count has weight 0."""
+    prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
+    patched = {}  # the numbers of patched prompts, by question and patch
+    found = []
+    for number, group in enumerate(groups):
+        for chosen in group:
+            prompt_number = number
+            if chosen.repaired is not None:
+                key = (number, repr(chosen.patch))
+                prompt_number = patched.setdefault(key, len(groups) + len(patched))
+                prompts[prompt_number] = chosen.repaired.prompt
+            weight = float(chosen.question.counts)
+            episode = Episode(
+                question=number,
+                prompt=prompt_number,
+                ids=chosen.rollout.completion.ids,
+                sampled_logps=chosen.rollout.completion.logps,
+                advantage=chosen.advantage * weight,
+                weight=weight,
+            )
+            found.append(episode)
+    return prompts, found
+
+
+@torch.no_grad()
+def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
+    """What each repair owes to its patch: the mean over the tokens of τ* of
+    log p(τ*|x) − log p(τ*|x, c), below 0 where the patch made τ* likelier. One forward; the caller
+    autocasts."""
+    repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    scored = repaired or flat(groups)[:1]  # sharded ranks must all make the call
+    prompts, found = {}, []
+    for number, chosen in enumerate(scored):
+        prompts[number] = chosen.question.prompt
+        found.append(Episode(number, number, chosen.rollout.completion.ids))
+    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
+    for chosen, padded in zip(repaired, logps):
+        patched = chosen.repaired.completion.logps
+        chosen.reliance = (padded[: len(patched)] - patched).mean().item()
+
+
 def flat(groups: list[list[Chosen]]) -> list[Chosen]:
     return [chosen for group in groups for chosen in group]
 
 
 def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
-
-
-def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
-    """Decode a completion and score it: R, R_fmt, z."""
-    text, sample = decode(student, completion.ids), question.sample
-    return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
 
 
 def decode(student: Student, ids: torch.Tensor) -> str:
@@ -278,43 +305,31 @@ def case_of(question: Question, response: str) -> Case:
     )
 
 
-def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
-    """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
-    chosen rollout, under the prompt that it answers. What does not count has weight 0."""
-    prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
-    numbers = {}  # of patched prompts: by question and patch
-    found = []
-    for question_number, group in enumerate(groups):
-        for chosen in group:
-            own = question_number
-            if chosen.repaired is not None:
-                key = (question_number, repr(chosen.patch))
-                own = numbers.setdefault(key, len(groups) + len(numbers))
-                prompts[own] = chosen.repaired.prompt
-            ids, logps, *_ = chosen.rollout.completion
-            weight = float(chosen.question.counts)
-            advantage = chosen.advantage * weight
-            found.append(Episode(question_number, own, ids, logps, advantage, weight))
-    return prompts, found
-
-
-@torch.no_grad()
-def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
-    """How much each repair rests on its patch: the mean over the tokens of τ* of
-    log p(τ*|x) − log p(τ*|x, c). One forward; the caller autocasts."""
-    scored = [chosen for chosen in flat(groups) if chosen.repaired is not None]
-    scored = scored or flat(groups)[:1]  # sharded ranks must all make the call
-    prompts, found = {}, []
-    for number, chosen in enumerate(scored):
-        prompts[number] = chosen.question.prompt
-        found.append(Episode(number, number, chosen.rollout.completion.ids))
-    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
-    for chosen, bare in zip(scored, logps):
-        patched = chosen.rollout.completion.logps
-        chosen.reliance = (bare[: len(patched)] - patched).mean().item()
-
-
 # --- the prompt, and the patch in it ---
+@dataclass
+class View:
+    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
+    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
+    frame_pixels: Annotated[int, "at most so many pixels in each of them"] = 128 * 28 * 28
+    picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
+    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
+    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
+    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = (
+        PATIENCE
+    )
+
+
+@dataclass
+class Method:
+    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
+    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
+    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
+
+
 def open_question(student: Student, sample: Sample) -> Question:
     """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
     view = student.view
@@ -326,7 +341,10 @@ def open_question(student: Student, sample: Sample) -> Question:
 
 
 def user_turn(text: str, evidence: list[dict]) -> list[dict]:
-    """Where the evidence stands: after the question, whose text it leaves as it is."""
+    """Where the evidence stands: after the question, whose text it leaves as it is. The video comes
+    first: rollouts share what their prompts begin with."""
+    if evidence:
+        text += "\n\n"
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
 
 
@@ -354,7 +372,7 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
 
 def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool) -> str:
     """Moments, regions (by their `corners` where they are not drawn) and guidance, in words."""
-    lines = [f"\n\nEvidence ({patch.error_type}):"]
+    lines = [f"Evidence ({patch.error_type}):"]
     if patch.spans:
         moments = [moment_text(patch, video, spacing, *span) for span in patch.spans]
         lines.append("Moments:" + ",".join(moments))
@@ -370,7 +388,8 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
     """When frames `first` to `last` are shown, as Qwen3-VL's processor writes times; one time where
-    the student's view has no more than one frame there; nothing where a time is asked for."""
+    the student's view has no more than one frame there. Nothing without `show_times`, where a time
+    is asked for: such a patch has no spans."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
@@ -407,7 +426,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     if patch is not None:
         evidence = render_patch(patch, video, question.spacing, view.patch_pictures)
     pictures = [fit(part["image"], view.picture_pixels) for part in evidence if "image" in part]
-    # Processors take index / fps for the time: only this is right at variable frame rates too.
+    # Processors take index / fps for a frame's time, so we give the index that makes it true.
     indices = [video.seconds(index) * video.fps for index in question.indices]
     duration = len(video) / video.fps
     inputs = student.processor(
@@ -531,10 +550,10 @@ class Query:
     seed: Annotated[int, "of what is sampled"] = 0
 
 
-def settings_parser(rooms: list, tiny: dict = {}, **settings) -> HfArgumentParser:
+def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentParser:
     """A parser of settings dataclasses, each a group of --help by the first words of its docstring.
-    What a field is for stands in its annotation; `tiny` are other defaults, to be named."""
-    for room in rooms:
+    What a field is for stands in its annotation; `tiny` are tiny mode's defaults, shown too."""
+    for room in classes:
         room._argument_group_name = room.__doc__.partition(".")[0]
         hints = get_type_hints(room, include_extras=True)
         for setting in fields(room):
@@ -544,7 +563,7 @@ def settings_parser(rooms: list, tiny: dict = {}, **settings) -> HfArgumentParse
                 text += f" [{setting.default}{other}]"
             setting.metadata = {"help": text}
     return HfArgumentParser(
-        rooms, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **settings
+        classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **settings
     )
 
 
@@ -580,10 +599,8 @@ def explain(arguments: list[str]) -> None:
     kind = question.sample.problem_type
     print(f"{right} of {len(group)} right at first ({kind}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
-    failures = [
-        f"{chosen.unaided.text}\n  No patch ({chosen.error})" for chosen in group if chosen.error
-    ]
-    for words in dict.fromkeys(failures):
+    unhelped = [chosen for chosen in group if chosen.error is not None]
+    for words in dict.fromkeys(f"{c.unaided.text}\n  No patch ({c.error})" for c in unhelped):
         print(words)
     if repairs:
         file = Path(config.out, "why.png")

@@ -250,7 +250,7 @@ class Episode(NamedTuple):
     """A completion to train on. Its prompts are numbers of `Batch.prompts`."""
 
     question: int  # the prompt that all of its group begin with
-    prompt: int  # the prompt it answers: that one, or a longer one that says more
+    prompt: int  # the prompt it answers: that one, or one with more in it
     ids: Tensor
     sampled_logps: Tensor | None = None  # as it was sampled; `update` measures the gap
     advantage: float = 0.0

@@ -94,7 +94,7 @@ def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
     text, frame, crop = (
         p
         for p in ffr.render_patch(patch, video, 0.5)
-        if p["type"] != "text" or p["text"].startswith("\n\nEvidence")
+        if p["type"] != "text" or p["text"].startswith("Evidence")
     )
     assert "Moments: <2.2 seconds>" in text["text"] and "Region <2.0 seconds>: it" in text["text"]
     assert frame["image"].size == (128, 128) and crop["image"].size == (64, 32)
