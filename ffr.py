@@ -40,6 +40,7 @@ from grpo import (
     is_sharded,
     load_policy,
     load_sampling,
+    with_positions,
 )
 from reward import SUFFIXES, Score, alignment, answers, gate, robust_improvement_reward, score
 from teacher import Case, EvidencePatch, TeacherError, load_teacher
@@ -132,8 +133,8 @@ def find_fix_reason(
     """
     groups = first_pass(student, questions, num_rollouts, seed)
     if teacher is not None:
-        find_and_fix(groups, teacher)
-        reason_again(student, groups, seed)
+        patched = find_and_fix(groups, teacher)
+        reason_again(student, questions, patched, seed)
     choose_and_reward(groups, kappa, lam)
     return groups
 
@@ -164,35 +165,38 @@ def judge(student: Student, question: Question, prompt: dict, completion: Comple
     return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
 
 
-def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> None:
+def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> list[Chosen]:
     """Ask the teacher about all failures of the step together: c_i = T(x, y, τ_i) where z_i = 0.
-    Each gets a patch, or the error that says why there is none."""
+    Each gets a patch, or the error that says why there is none. Returns those with a patch."""
     failures = []
     for chosen in flat(groups):
         if chosen.question.counts and not chosen.unaided.score.correct:
             failures.append(chosen)
     if not failures:
-        return
+        return []
 
+    patched = []
     replies = teacher([case_of(chosen.question, chosen.unaided.text) for chosen in failures])
     for chosen, reply in zip(failures, replies):
         if isinstance(reply, TeacherError):
             chosen.error = reply
         else:
             chosen.patch = reply
+            patched.append(chosen)
+    return patched
 
 
-def reason_again(student: Student, groups: list[list[Chosen]], seed: tuple) -> None:
+def reason_again(
+    student: Student, questions: list[Question], patched: list[Chosen], seed: tuple
+) -> None:
     """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it.
 
     Failures of one question with equal patches share a prompt. A patch that makes no prompt (too
     long, or a frame does not decode) costs its failures their repair.
     """
     by_prompt = {}
-    for number, group in enumerate(groups):
-        for chosen in group:
-            if chosen.patch is not None:
-                by_prompt.setdefault((number, repr(chosen.patch)), []).append(chosen)
+    for chosen in patched:
+        by_prompt.setdefault(prompt_key(chosen), []).append(chosen)
 
     prompts, seeds, repairable = [], [], []
     for failures in by_prompt.values():
@@ -207,7 +211,7 @@ def reason_again(student: Student, groups: list[list[Chosen]], seed: tuple) -> N
         repairable.append(failures)
 
     if is_sharded(student.model):  # a rank without repairs must make the call, too
-        prompts.append(stand_in(student, groups[0][0].question))  # last: nobody waits for it
+        prompts.append(stand_in(student, questions[0]))  # last: nobody waits for it
         seeds.append([0])
     completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
     for prompt, failures, its_completions in zip(prompts, repairable, completions):
@@ -234,14 +238,14 @@ def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
     """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
     chosen rollout, under the prompt that it answers. What does not count has weight 0."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
-    patched = {}  # the numbers of patched prompts, by question and patch
+    patched = {}  # the numbers of patched prompts
     found = []
     for number, group in enumerate(groups):
         for chosen in group:
             prompt_number = number
             if chosen.repaired is not None:
-                key = (number, repr(chosen.patch))
-                prompt_number = patched.setdefault(key, len(groups) + len(patched))
+                following = len(groups) + len(patched)
+                prompt_number = patched.setdefault(prompt_key(chosen), following)
                 prompts[prompt_number] = chosen.repaired.prompt
             weight = float(chosen.question.counts)
             episode = Episode(
@@ -271,6 +275,11 @@ def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
     for chosen, padded in zip(repaired, logps):
         patched = chosen.repaired.completion.logps
         chosen.reliance = (padded[: len(patched)] - patched).mean().item()
+
+
+def prompt_key(chosen: Chosen) -> tuple[str, str]:
+    """What tells patched prompts apart: the question and the patch as the student sees it."""
+    return chosen.question.sample.id, repr(chosen.patch)
 
 
 def flat(groups: list[list[Chosen]]) -> list[Chosen]:
@@ -453,28 +462,6 @@ def stand_in(student: Student, question: Question) -> dict:
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
-def with_positions(model, inputs: dict) -> dict:
-    """A processor's inputs and `position_ids`, (1, L), or (3, 1, L) of time, height and width, so
-    that parts can be computed apart. Raises ValueError where M-RoPE hides how it counts."""
-    counter = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
-    if counter is None:
-        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-        if "mrope_section" in rope:
-            raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
-        return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
-
-    positions = counter.get_rope_index(**inputs)[0]
-    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        # The weights were trained with text after a video at the largest position so far + 1; from
-        # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
-        of_video = inputs["mm_token_type_ids"][0] == 2
-        ends = (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1
-        for after in ends:
-            right_place = positions[..., :after].max() + 1
-            positions[..., after:] += right_place - positions[0, 0, after]
-    return inputs | {"position_ids": positions}
-
-
 # --- a repair as a picture ---
 def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
     """A repair in the order of the method, as a picture 1,200 px wide in `file`, a .png, and as
@@ -575,7 +562,7 @@ def explain(arguments: list[str]) -> None:
     parser.set_defaults(teacher="local")
     config = parser.parse_args(arguments)
     try:
-        if not config.teacher_model:
+        if config.teacher != "scripted" and not config.teacher_model:
             raise ValueError("give --teacher_model, who looks at the video")
         student = load_student(config)
         teach = load_teacher(config, student.model.device, gate, answers, evidence={})

@@ -335,6 +335,28 @@ def sampling_gap(portion: list[Episode], logps: Tensor) -> float:
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
 
 
+def with_positions(model, inputs: dict) -> dict:
+    """A processor's inputs and `position_ids`, (1, L), or (3, 1, L) of time, height and width, so
+    that parts can be computed apart. Raises ValueError where M-RoPE hides how it counts."""
+    counter = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
+    if counter is None:
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if "mrope_section" in rope:
+            raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
+        return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
+
+    positions = counter.get_rope_index(**inputs)[0]
+    if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        # The weights were trained with text after a video at the largest position so far + 1; from
+        # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
+        of_video = inputs["mm_token_type_ids"][0] == 2
+        ends = (of_video[:-1] & ~of_video[1:]).nonzero()[:, 0] + 1
+        for after in ends:
+            right_place = positions[..., :after].max() + 1
+            positions[..., after:] += right_place - positions[0, 0, after]
+    return inputs | {"position_ids": positions}
+
+
 def join(parts: list[dict], dim: int) -> dict:
     """Tokens joined along `dim` (−1: one after another; −2: as rows), pixels one after another."""
     joined = {}

@@ -422,3 +422,20 @@ def answers(reply: str, case) -> bool:
     """Whether a brain that was asked a case's question, in the blind test, answers it right."""
     given, _, _ = reply.rpartition("<answer>")[2].partition("</answer>")
     return verify(given.strip(), case.answer, case.problem_type)
+
+
+# --- what verdicts add up to ---
+def accuracy(rows: list[dict]) -> dict[str, dict]:
+    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
+    groups = {"all": rows}
+    for row in rows:
+        for kind in ("type", "source"):
+            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+    table = {}
+    for name, group in groups.items():
+        n, z = max(len(group), 1), 1.96
+        share = sum(row["unaided"] for row in group) / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
+    return table

@@ -36,7 +36,7 @@ import ffr
 import grpo
 import teacher
 from ffr import Chosen, Question, Student, flat
-from reward import answers, gate
+from reward import accuracy, answers, gate
 
 HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
@@ -125,6 +125,7 @@ def validate(c: Config) -> None:
     known = [str(tracker) for tracker in get_available_trackers()]
     for refused, why in [
         (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
+        (c.eval_data and not c.model, "--eval_data goes with --model and --data"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
         (min(c.save_steps, c.keep_checkpoints) < 1, "--save_steps, --keep_checkpoints: 1 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -259,15 +260,14 @@ def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
 def steps_of(config: Config, accelerator, samples: list) -> int:
     per_step = config.questions_per_device * accelerator.num_processes
     if len(samples) < per_step:
-        raise SystemExit(f"train.py: {len(samples)} records do not fill a step of {per_step}")
+        raise ValueError(f"{len(samples)} records do not fill a step of {per_step}")
     return config.max_steps or config.epochs * (len(samples) // per_step)
 
 
 def progress_bar(done: int, steps: int, accelerator) -> tqdm:
     shape = "step {n} of {total} [{elapsed}<{remaining}{postfix}]"
-    bar = tqdm(range(done, steps), total=steps, initial=done, bar_format=shape)
-    bar.disable = not accelerator.is_main_process
-    return bar
+    quiet = not accelerator.is_main_process
+    return tqdm(range(done, steps), total=steps, initial=done, bar_format=shape, disable=quiet)
 
 
 def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[data.Sample]:
@@ -319,7 +319,8 @@ def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | No
 @contextmanager
 def interruptible():
     """Yields a list. A first Ctrl-C only puts its time there, so that the step can be finished and
-    saved; a second one leaves at once. (torchrun passes on what the terminal has sent already.)"""
+    saved; a second one leaves at once. (A launcher passes on what the terminal has sent already,
+    which is no second one; torchrun kills its processes after 30 seconds.)"""
     interrupts = []
 
     def note(signal_number, frame):
@@ -396,35 +397,28 @@ def total(rows: list[dict], name: str) -> float:
 
 
 def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
-    """A step's metrics to metrics.jsonl, the trackers and the progress line; now and then a repair
-    is drawn, eight in a run."""
-    step, repairs = metrics["step"], Path(run.config.out, "repairs")
+    """A step's metrics to the progress line, the trackers and metrics.jsonl; a picture now and
+    then."""
     bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
-    run.accelerator.log(metrics, step=step)
-    if not run.accelerator.is_main_process:
-        return
-    add_rows(Path(run.config.out, "metrics.jsonl"), [metrics])
-    drawn = [file.stem for file in repairs.glob("*.txt")]
-    if len(drawn) * run.steps <= 8 * (step - 1):
-        for chosen in repairs_to_show(flat(groups), drawn)[:1]:
-            verdict = "right" if chosen.repaired.score.correct else "wrong"
-            name = f"step-{step:04d}-{chosen.question.sample.id}-{verdict}"
-            file = repairs / (re.sub(r"[^\w-]", "_", name) + ".png")
-            ffr.draw_repair(chosen, run.config.kappa, run.config.lam, file)
-            track_picture(run.accelerator, file, step)
+    run.accelerator.log(metrics, step=metrics["step"])
+    if run.accelerator.is_main_process:
+        add_rows(Path(run.config.out, "metrics.jsonl"), [metrics])
+        show_repair(run, groups, metrics["step"])
 
 
-def repairs_to_show(chosen: list[Chosen], drawn: list[str]) -> list[Chosen]:
-    """A step's repairs that came out right; for one picture in four, those that did not first."""
-    repairs = [each for each in chosen if each.repaired is not None]
-    right = [each for each in repairs if each.repaired.score.correct]
-    wrong = [each for each in repairs if not each.repaired.score.correct]
-    wrong_drawn = sum(name.endswith("-wrong") for name in drawn)
-    if not drawn:
-        return right + wrong
-    if 4 * wrong_drawn < len(drawn):
-        return wrong + right
-    return right
+def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
+    """Draw a repair that came out right, eight in a run; each fourth picture is of one that did
+    not. Where a step has none of the kind, one of the other is drawn."""
+    folder = Path(run.config.out, "repairs")
+    drawn = len([*folder.glob("*.txt")])
+    wanted = drawn % 4 != 3
+    repairs = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    repairs.sort(key=lambda chosen: chosen.repaired.score.correct != wanted)
+    if repairs and drawn * run.steps <= 8 * (step - 1):
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{repairs[0].question.sample.id}")
+        file = folder / f"{name}.png"
+        ffr.draw_repair(repairs[0], run.config.kappa, run.config.lam, file)
+        track_picture(run.accelerator, file, step)
 
 
 def track_picture(accelerator, file: Path, step: int) -> None:
@@ -438,11 +432,13 @@ def track_picture(accelerator, file: Path, step: int) -> None:
 
 
 # --- evaluation and a run in figures ---
-def evaluate(accelerator, student, samples, teach, spare, name: str, at_once=64) -> list[dict]:
+def evaluate(
+    config: Config, accelerator, student, samples, teach, spare, name: str, at_once=64
+) -> list[dict]:
     """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
     it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    file, processes = Path(student.view.out, f"{name}.jsonl"), accelerator.num_processes
+    file, processes = Path(config.out, f"{name}.jsonl"), accelerator.num_processes
     rows = same_on_all(read_rows(file) if accelerator.is_main_process else [])
     done = {row["id"] for row in rows}
     left = [sample for sample in samples if sample.id not in done]
@@ -475,22 +471,6 @@ def evaluation_row(chosen: Chosen) -> dict:
         "unaided": chosen.unaided.score.correct,
         "assisted": chosen.rollout.score.correct,
     }
-
-
-def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
-    groups = {"all": rows}
-    for row in rows:
-        for kind in ("type", "source"):
-            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
-    table = {}
-    for name, group in groups.items():
-        n, z = max(len(group), 1), 1.96
-        share = mean(group, "unaided")
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
-    return table
 
 
 def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
@@ -610,7 +590,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device):
 
 # --- what a run keeps ---
 def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
-    """The rows of a file, less a line that was cut off and those of steps after `last`."""
+    """The rows of a file up to step `last`; later ones and a line that was cut off leave it."""
     if not file.is_file():
         return []
     rows, size = [], 0
@@ -685,9 +665,20 @@ def save_model(run: Run) -> None:
         run.student.processor.save_pretrained(folder)
 
 
-def open_run(config: Config, processes: int) -> None:
-    """Write the manifest: all that a run's figures depend on. --resume refuses where it differs;
-    without it, a run in OUT is refused. A tiny run replaces a tiny run."""
+def open_run(config: Config, accelerator) -> Config:
+    """Prepare OUT, and tiny mode's videos there; returns the settings with what tiny mode adds."""
+    if accelerator.is_main_process:
+        write_manifest(config, accelerator.num_processes)
+    if not config.model:
+        config = tiny_run(config, accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("ffr", vars(config))
+    return config
+
+
+def write_manifest(config: Config, processes: int) -> None:
+    """Write what a run's figures depend on into OUT. Where that holds a run, --resume refuses other
+    settings, and without it only a tiny run is replaced, by a tiny run."""
     out = Path(config.out)
     file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
     now = vars(config) | {"processes": processes}
@@ -696,13 +687,14 @@ def open_run(config: Config, processes: int) -> None:
     now["sha256"] = {path: data.digest(path) for path in files}
 
     then = json.loads(file.read_text()) if file.is_file() else {}
-    differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
     begun = bool(then) and any(out.glob("*.jsonl"))
+    differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    if begun and not config.resume and (config.model or then["model"]):
+    both_tiny = not config.model and not then.get("model")
+    if begun and not config.resume and not both_tiny:
         raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
-    if then and not config.resume and not config.model:
+    if then and not config.resume and both_tiny:
         print(f"train.py: {out} holds a tiny run; this one replaces it")
         remove_tiny_run(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -718,7 +710,7 @@ def remove_tiny_run(out: Path) -> None:
 
 
 # --- main ---
-def start(config: Config) -> Accelerator:
+def make_accelerator(config: Config) -> Accelerator:
     """The accelerator, for the devices and processes that there are. Raises ValueError."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
@@ -790,46 +782,47 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
     if accelerator.is_main_process:
         data.refuse_broken(samples, config.data, config.skip, config.decode_patience)
         data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)
+    if not config.eval_only:
+        steps_of(config, accelerator, samples)  # too few are refused before any work
     return samples, held_out
 
 
-def longest(samples: list[data.Sample]) -> data.Sample:
-    """The record with the longest text: if its prompt is within the limit, so are the others'."""
-    return max(samples, key=lambda s: len(s.question) + sum(map(len, s.options)))
+def open_spare(student: Student, samples: list[data.Sample]) -> Question:
+    """A question that opens, of the longest text: is its prompt within the limit?"""
+    return ffr.open_question(student, max(samples, key=lambda s: len(s.question + str(s.options))))
 
 
-def main() -> None:
-    config, began = parse(sys.argv[1:]), time.time()
-    try:
-        accelerator = start(config)
-        if accelerator.is_main_process:
-            open_run(config, accelerator.num_processes)
-        if not config.model:
-            config = tiny_run(config, accelerator)
-        accelerator.wait_for_everyone()
-        samples, held_out = load_records(config, accelerator)
-        student = load_student(config, accelerator)
-        teach = load_teacher(config, samples + held_out, accelerator.device)
-        spare = ffr.open_question(student, longest(samples))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"train.py: {error}") from error
-
-    accelerator.init_trackers("ffr", vars(config))
-    if config.eval_only:
-        rows = evaluate(accelerator, student, samples, None, spare, "evaluation")
-        figures = {"records": len(samples), "answered": len(rows)} | accuracy(rows)
-    else:
-        before = evaluate(accelerator, student, held_out, None, spare, "before")
-        history = train(config, accelerator, student, samples, teach, spare)
-        after = evaluate(accelerator, student, held_out, teach, spare, "after")
-        figures = summarize_run(before, after, history)
-        figures |= {"seconds": round(time.time() - began, 1), "seed": config.seed}
-        figures |= {"method": config.method, "processes": accelerator.num_processes}
+def finish(config: Config, accelerator, figures: dict) -> None:
     if accelerator.is_main_process:
         name = "evaluation.json" if config.eval_only else "summary.json"
         Path(config.out, name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         print_table(figures)
     accelerator.end_training()  # a rank that exits inside the process group may abort
+
+
+def main() -> None:
+    began, config = time.time(), parse(sys.argv[1:])
+    try:
+        accelerator = make_accelerator(config)
+        config = open_run(config, accelerator)
+        samples, held_out = load_records(config, accelerator)
+        student = load_student(config, accelerator)
+        teach = load_teacher(config, samples + held_out, accelerator.device)
+        spare = open_spare(student, samples)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+
+    if config.eval_only:
+        rows = evaluate(config, accelerator, student, samples, None, spare, name="evaluation")
+        figures = {"records": len(samples), "answered": len(rows)} | accuracy(rows)
+    else:
+        before = evaluate(config, accelerator, student, held_out, None, spare, name="before")
+        history = train(config, accelerator, student, samples, teach, spare)
+        after = evaluate(config, accelerator, student, held_out, teach, spare, name="after")
+        figures = summarize_run(before, after, history)
+        figures |= {"seconds": round(time.time() - began, 1), "seed": config.seed}
+        figures |= {"method": config.method, "processes": accelerator.num_processes}
+    finish(config, accelerator, figures)
 
 
 if __name__ == "__main__":

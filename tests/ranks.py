@@ -195,7 +195,7 @@ def tokens(folder, out):
     grpo.update, ffr.find_fix_reason = keep, watch
     spare = ffr.open_question(student, samples[0])
     train.train(config, accelerator, student, samples, None, spare)
-    rows = train.evaluate(accelerator, student, samples, None, spare, "before")
+    rows = train.evaluate(student.view, accelerator, student, samples, None, spare, "before")
     report(
         accelerator,
         out,

@@ -42,7 +42,7 @@ def test_unaided_counts_no_assisted_answer(make_config, accelerator, samples, te
     assert (metrics["intervention"], metrics["fix"]) == (1.0, 1.0)
     patched.clear()
     spare = ffr.open_question(student, samples[0])
-    rows = train.evaluate(accelerator, student, samples, teacher, spare, "after")
+    rows = train.evaluate(student.view, accelerator, student, samples, teacher, spare, "after")
     assert [row["unaided"] for row in rows] == [False] * 6
     assert [row["assisted"] for row in rows] == [True] * 6
 
@@ -60,7 +60,7 @@ def test_evaluation_is_greedy_and_asks_each_record_once(
         return generate(model, prompts, seeds, sampling)
 
     monkeypatch.setattr(ffr, "generate", spy)
-    rows = train.evaluate(accelerator, student, samples, None, spare, "before")
+    rows = train.evaluate(student.view, accelerator, student, samples, None, spare, "before")
     assert {*temperatures} == {0.0} and student.sampling.temperature == 1.0
     assert [row["id"] for row in rows] == [s.id for s in samples]
     assert [row["id"] for row in train.read_rows(tmp_path / "before.jsonl")] == [

@@ -174,7 +174,7 @@ def test_accelerate_launch_keeps_the_users_threads_and_refuses_processes_it_does
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train, torch\n"
-        "train.start(train.parse([]))\n"
+        "train.make_accelerator(train.parse([]))\n"
         "print('threads', torch.get_num_threads())\n"
     )
     idle = min(4, len(os.sched_getaffinity(0)))
@@ -243,21 +243,30 @@ def test_reliance_by_completion_logps(student, questions, teach):
     assert groups[1][1].reliance == 0
 
 
-def chosen_with(correct: bool | None) -> ffr.Chosen:
-    score = Score(0.0, 0.0, bool(correct))
-    rollout = ffr.Rollout({}, None, "", score)
-    return ffr.Chosen(None, 0, rollout, repaired=None if correct is None else rollout)
+def test_each_fourth_picture_is_of_a_repair_that_did_not_help(tmp_path, monkeypatch, student):
+    def chosen_with(correct: bool | None) -> ffr.Chosen:
+        rollout = ffr.Rollout({}, None, "", Score(0.0, 0.0, bool(correct)))
+        return ffr.Chosen(question, 0, rollout, repaired=None if correct is None else rollout)
 
+    def draw(chosen, kappa, lam, file):
+        shown.append(chosen.repaired.score.correct)
+        file.parent.mkdir(exist_ok=True)
+        file.with_suffix(".txt").touch()
 
-def test_one_picture_in_four_is_of_a_repair_that_did_not_help():
-    step, drawn = [chosen_with(None), chosen_with(False), chosen_with(True)], []
-    for _ in range(8):
-        (shown, *_) = train.repairs_to_show(step, drawn)
-        drawn.append("right" if shown.repaired.score.correct else "x-wrong")
-    assert drawn.count("x-wrong") == 2 and drawn[0] == "right"
-    assert train.repairs_to_show([chosen_with(None)], []) == []
-    useless = [chosen_with(False)]
-    assert train.repairs_to_show(useless, []) == useless  # better than no picture
+    monkeypatch.setattr(ffr, "draw_repair", draw)
+    monkeypatch.setattr(train, "track_picture", lambda *_: None)
+    question = ffr.Question(data.Sample("a/b", "q", [], "x", "exact", "v"), None, [], [])
+    config = train.replace(student.view, out=str(tmp_path))
+    nobody = dict.fromkeys(train.Run._fields)
+    run, shown = train.Run(**nobody | {"config": config, "steps": 8}), []
+    both = [[chosen_with(None), chosen_with(False), chosen_with(True)]]
+    for step in range(1, 9):
+        train.show_repair(run, both, step)
+    assert shown == [True, True, True, False] * 2  # eight in a run
+    assert len([*tmp_path.glob("repairs/step-*-a_b.txt")]) == 8
+    train.show_repair(run, [[chosen_with(None)]], step=99)
+    train.show_repair(run, [[chosen_with(False)]], step=99)  # better than no picture
+    assert shown[8:] == [False]
 
 
 def test_last_table_says_what_its_figures_are_and_why_there_is_none(capsys):
