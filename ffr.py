@@ -220,7 +220,7 @@ def reason_again(
 
 
 def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """τ̂_i, which is `Chosen.rollout`, and R̃_i: R + R_fmt of τ_i where z_i = 1 or there is no patch;
+    """τ̂_i, which is `Chosen.rollout`, and R̃_i: R + R_fmt of τ_i if z_i = 1 or without a patch,
     else those of τ*_i, less κ, and λ · align where it is right (`robust_improvement_reward`)."""
     for chosen in flat(groups):
         repaired_score = None

@@ -120,6 +120,27 @@ def test_killed_and_resumed_run_ends_as_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_that_ctrl_c_ends_at_step_7_goes_on_as_the_uninterrupted_one(
+    tmp_path, settings, processes
+):
+    finish(start(tmp_path / "whole", processes, settings))
+    stopped = tmp_path / "stopped"
+    process = start(stopped, processes, settings)
+    while process.poll() is None and lines(stopped) < 7:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, _ = process.communicate(timeout=120)
+    (line,) = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode != 0 and (processes > 1 or "Traceback" not in said)
+    done = lines(stopped)
+    assert 7 <= done < STEPS and f"interrupted after step {done}, which is saved in" in line
+    assert line.endswith("the same command with --resume True goes on")
+    finish(start(stopped, processes, [*settings, "--resume", "True"]))
+    same_run(tmp_path / "whole", stopped)
+
+
+@pytest.mark.slow
 def test_full_disk_leaves_the_checkpoint_before_whole(tmp_path, settings):
     out = tmp_path / "out"
     finish(start(out, 1, [*settings, "--max_steps", "1"]))

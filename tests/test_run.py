@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from traceback import StackSummary
 
 import pytest
@@ -16,21 +17,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 import data
 import ffr
 import grpo
+import reward
+import teacher
 import train
 from reward import Score
-from teacher import EvidencePatch, TeacherError
+from teacher import EvidencePatch
 
 
-def interrupting(teach, at, times=1):
-    """The teacher, who is interrupted by Ctrl-C while it is asked for the `at`-th time."""
-    asked = []
+def interrupting(samples, at):
+    """The scripted teacher; while the round waits for its replies of step `at`, Ctrl-C comes."""
+    chat, steps, sent = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), [], []
+
+    def brain(talks, seconds):
+        if len(steps) == at and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            time.sleep(0.3)
+        return chat(talks, seconds)
 
     def ask(cases, **more):
-        asked.append(cases)
-        if len(asked) == at:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
-        return teach(cases, **more)
+        steps.append(cases)
+        return teacher.diagnose(cases, brain, reward.gate, **more)
 
     return ask
 
@@ -49,7 +55,7 @@ def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if
     capsys.readouterr()
     told = "interrupted after step 2, which is saved in .*checkpoints/000002; .*--resume True goes"
     with pytest.raises(SystemExit, match=told):
-        train_once(make_config(**SETTINGS), accelerator, samples, interrupting(teach, at=2))
+        train_once(make_config(**SETTINGS), accelerator, samples, interrupting(samples, at=2))
     said = capsys.readouterr()
     assert (said.out + said.err).count("once more leaves at once") == 1
     assert [row["step"] for row in train.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -62,19 +68,16 @@ def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if
     assert [row["reward"] for row in rest] == [row["reward"] for row in history]
 
 
-def test_a_second_ctrl_c_leaves_at_once(
-    make_config, accelerator, samples, teach, some_right, monkeypatch
-):
+def test_a_second_ctrl_c_leaves_at_once(make_config, accelerator, samples, monkeypatch):
     now = iter(range(0, 1000, 5))  # seconds: it is not the first one, passed on by a launcher
     monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+
+    def ask(cases, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with pytest.raises(KeyboardInterrupt):
-        train_once(
-            make_config(**SETTINGS), accelerator, samples, interrupting(decline, at=2, times=2)
-        )
-
-
-def decline(cases, **_):
-    return [TeacherError("declined")] * len(cases)
+        train_once(make_config(**SETTINGS), accelerator, samples, ask)
 
 
 def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
