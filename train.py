@@ -72,15 +72,15 @@ class RunSettings:
 
 @dataclass
 class Config(
-    RunSettings,
-    data.Settings,
-    teacher.Settings,
-    ffr.View,
-    ffr.Method,
-    grpo.SamplingSettings,
     grpo.Objective,
+    grpo.SamplingSettings,
+    ffr.Method,
+    ffr.View,
+    teacher.Settings,
+    data.Settings,
+    RunSettings,  # a dataclass begins with the fields of its last base
 ):
-    """All settings; each room is given the whole and reads its own."""
+    """All settings: every room is given the whole and reads its own."""
 
 
 # Tiny mode is the method at another size: these become the defaults where --model is not given.
@@ -106,7 +106,7 @@ FREE |= {"teacher_max_tokens", "teacher_cache"}
 def parse(arguments: list[str]) -> Config:
     """Read the settings and refuse what cannot be meant."""
     parser = ffr.settings_parser(
-        Config.__bases__,
+        Config.__bases__[::-1],
         tiny=TINY,
         prog="train.py",
         usage="train.py [--model M --data FILE] [settings]",
@@ -149,7 +149,7 @@ def train(config, accelerator, student: Student, samples, teach, spare: Question
     run = prepare(config, accelerator, student, steps_of(config, accelerator, samples))
     done, history = resume(config, accelerator)
     bar = progress_bar(done, run.steps, accelerator)
-    with interruptible() as interrupts:
+    with interruptible(accelerator.is_main_process) as interrupts:
         for step in bar:
             questions = open_questions(student, pick(samples, step, config, accelerator), spare)
             groups, rows, figures = train_step(run, questions, teach, spare, step=step)
@@ -317,7 +317,7 @@ def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | No
 
 
 @contextmanager
-def interruptible():
+def interruptible(tell: bool):
     """Yields a list. A first Ctrl-C only puts its time there, so that the step can be finished and
     saved; a second one leaves at once. (A launcher passes on what the terminal has sent already,
     which is no second one; torchrun kills its processes after 30 seconds.)"""
@@ -328,7 +328,8 @@ def interruptible():
             raise KeyboardInterrupt
         if not interrupts:
             interrupts.append(time.monotonic())
-            tqdm.write("Ctrl-C: this step is finished and saved; once more leaves at once")
+            if tell:
+                tqdm.write("Ctrl-C: this step is finished and saved; once more leaves at once")
 
     before = signal.signal(signal.SIGINT, note)
     try:

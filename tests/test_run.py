@@ -81,7 +81,7 @@ def test_a_second_ctrl_c_leaves_at_once(make_config, accelerator, samples, monke
 
 
 def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
-    with train.interruptible() as interrupts:
+    with train.interruptible(tell=True) as interrupts:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         assert len(interrupts) == 1
