@@ -2,11 +2,11 @@
 
     x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
     π_θ          `Student`: the model with its processor, sampling and view
-    τ, z         the `unaided` rollout, and whether its answer is right: `score.correct`
+    τ, z         the `unaided` rollout, and whether its answer is right: `unaided.score.correct`
     T, c         `teacher`, a function of failed cases, and the `patch` that it gives for one
     τ*           the `repaired` rollout: the answer under the patched prompt (x, c)
     τ̂            `Chosen.rollout`, which is trained: τ if z = 1 (or without a patch), else τ*
-    R, R_fmt     `score.accuracy`, `score.format`;   R̃  `Chosen.reward`
+    R, R_fmt     `Rollout.score.accuracy`, `Rollout.score.format`;   R̃  `Chosen.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
 A τ* is on-policy under another observation: π_θ, π_old and π_ref all score it under (x, c).
@@ -177,7 +177,7 @@ def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> list[Chosen]:
 
     patched = []
     replies = teacher([case_of(chosen.question, chosen.unaided.text) for chosen in failures])
-    for chosen, reply in zip(failures, replies):
+    for chosen, reply in zip(failures, replies, strict=True):
         if isinstance(reply, TeacherError):
             chosen.error = reply
         else:
@@ -198,30 +198,32 @@ def reason_again(
     for chosen in patched:
         by_prompt.setdefault(prompt_key(chosen), []).append(chosen)
 
-    prompts, seeds, repairable = [], [], []
-    for failures in by_prompt.values():
-        question, patch = failures[0].question, failures[0].patch
+    prompts, seeds, sharing = [], [], []
+    for places in by_prompt.values():
+        question, patch = places[0].question, places[0].patch
         try:
             prompts.append(encode(student, question, patch))
         except ValueError as error:
-            for chosen in failures:
+            for chosen in places:
                 chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
             continue
-        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in failures])
-        repairable.append(failures)
+        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in places])
+        sharing.append(places)
 
-    if is_sharded(student.model):  # a rank without repairs must make the call, too
-        prompts.append(stand_in(student, questions[0]))  # last: nobody waits for it
+    if is_sharded(student.model):
+        # Every rank adds a patched prompt, so that all make the same calls; its answer is dropped.
+        prompts.append(stand_in(student, questions[0]))
         seeds.append([0])
     completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
-    for prompt, failures, its_completions in zip(prompts, repairable, completions):
-        for chosen, completion in zip(failures, its_completions):
+    for prompt, places, its_completions in zip(prompts, sharing, completions):
+        for chosen, completion in zip(places, its_completions):
             chosen.repaired = judge(student, chosen.question, prompt, completion)
 
 
 def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """τ̂_i, which is `Chosen.rollout`, and R̃_i: R + R_fmt of τ_i if z_i = 1 or without a patch,
-    else those of τ*_i, less κ, and λ · align where it is right (`robust_improvement_reward`)."""
+    """R̃_i of the rollout that is trained, `Chosen.rollout`: R + R_fmt of τ_i if z_i = 1 or there is
+    no patch; else R + R_fmt − κ of τ*_i, plus λ · align if it is right. The sum is taken in
+    reward.py, `robust_improvement_reward`."""
     for chosen in flat(groups):
         repaired_score = None
         if chosen.repaired is not None:
@@ -238,14 +240,14 @@ def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
     """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
     chosen rollout, under the prompt that it answers. What does not count has weight 0."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
-    patched = {}  # the numbers of patched prompts
+    numbers = {}  # of patched prompts
     found = []
     for number, group in enumerate(groups):
         for chosen in group:
             prompt_number = number
             if chosen.repaired is not None:
-                following = len(groups) + len(patched)
-                prompt_number = patched.setdefault(prompt_key(chosen), following)
+                following = len(groups) + len(numbers)
+                prompt_number = numbers.setdefault(prompt_key(chosen), following)
                 prompts[prompt_number] = chosen.repaired.prompt
             weight = float(chosen.question.counts)
             episode = Episode(
@@ -268,7 +270,7 @@ def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
     repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
     scored = repaired or flat(groups)[:1]  # sharded ranks must all make the call
     prompts, found = {}, []
-    for number, chosen in enumerate(scored):
+    for number, chosen in enumerate(scored):  # each counts as a question of its own here
         prompts[number] = chosen.question.prompt
         found.append(Episode(number, number, chosen.rollout.completion.ids))
     logps, _ = batched_logps(student.model, prompts, found, student.sampling)
@@ -397,8 +399,8 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
     """When frames `first` to `last` are shown, as Qwen3-VL's processor writes times; one time where
-    the student's view has no more than one frame there. Nothing without `show_times`, where a time
-    is asked for: such a patch has no spans."""
+    the student's view has no more than one frame there. Empty where the question asks for a time
+    (`show_times` is False; such a patch has no spans)."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"

@@ -586,7 +586,10 @@ def load_teacher(config: Config, samples: list[data.Sample], device):
         return None
     Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
     evidence = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
-    return teacher.load_teacher(config, device, gate, answers, evidence)
+    try:
+        return teacher.load_teacher(config, device, gate, answers, evidence)
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from error
 
 
 # --- what a run keeps ---

@@ -201,9 +201,10 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
         groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
     middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
     assert latency is None or sum(r.repaired is not None for r in rollouts) == len(rollouts) // 2
-    advantages = [1.0 - 2.0 * (k % 2) for k in range(len(rollouts))]
-    total = sum(len(r.completion.ids) for r in rollouts)
-    batch = grpo.Batch(*ffr.episodes(questions, groups, advantages), total)
+    for k, chosen in enumerate(rollouts):
+        chosen.advantage = 1.0 - 2.0 * (k % 2)
+    total = sum(len(r.rollout.completion.ids) for r in rollouts)
+    batch = grpo.Batch(*ffr.episodes(groups), total)
     objective = grpo.Objective(
         beta=0.0, rollouts_at_once=c.rollouts_at_once, row_tokens=c.row_tokens
     )

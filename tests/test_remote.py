@@ -235,16 +235,18 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
         assert a.unaided.completion.ids.tolist() == b.unaided.completion.ids.tolist()
         assert torch.equal(a.unaided.completion.logps, b.unaided.completion.logps)
         if k != marked or cause is None:
-            assert a.completion.ids.tolist() == b.completion.ids.tolist()
+            a, b = (one.rollout.completion for one in (a, b))
+            assert a.ids.tolist() == b.ids.tolist()
             # One row less in a batch may move the last bits.
-            assert torch.allclose(a.completion.logps, b.completion.logps, atol=1e-5)
-            assert a.reward == b.reward
+            assert torch.allclose(a.logps, b.logps, atol=1e-5)
+            assert rollouts[k].reward == reference[k].reward
     hurt = rollouts[marked]
     if cause is None:
         assert repr(hurt.patch) == repr(reference[marked].patch)
     else:
         assert hurt.repaired is None and hurt.error.cause == cause
-        assert hurt.reward == hurt.score.accuracy + hurt.score.format  # unrepaired, untaxed
+        score = hurt.unaided.score
+        assert hurt.reward == score.accuracy + score.format  # unrepaired, untaxed
     assert metrics["teacher_failures"] == (cause is not None)
     assert metrics.get(f"teacher_{cause}", 0) == (cause is not None)
     rewards = [r.reward for r in rollouts]
@@ -290,7 +292,7 @@ def test_endpoint_that_goes_away_in_the_run_is_plain_grpo_and_counted(
 ):
     endpoint.fault = lambda messages, times: None if is_trial(messages) else (0, {}, b"")
     rollouts, _, metrics = step(make_config, accelerator, samples, endpoint, monkeypatch)
-    plain = [r.score.accuracy + r.score.format for r in rollouts]
+    plain = [r.unaided.score.accuracy + r.unaided.score.format for r in rollouts]
     assert [r.reward for r in rollouts] == plain and metrics["intervention"] == 0
     assert (
         metrics["teacher_connection"] == metrics["teacher_failures"] == 6 * metrics["failure"] > 0
