@@ -221,8 +221,8 @@ def reason_again(
 
 
 def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """R̃_i of the rollout that is trained, `Chosen.rollout`: R + R_fmt of τ_i if z_i = 1 or there is
-    no patch; else R + R_fmt − κ of τ*_i, plus λ · align if it is right. The sum is taken in
+    """R̃_i of the rollout that is trained, `Chosen.rollout`: R + R_fmt of τ_i if z_i = 1 or there
+    is no patch; else R + R_fmt − κ of τ*_i, plus λ · align if it is right. The sum is taken in
     reward.py, `robust_improvement_reward`."""
     for chosen in flat(groups):
         repaired_score = None

@@ -655,7 +655,8 @@ def checkpoint_fault(error: BaseException, step: int) -> str:
     """What kept a checkpoint from being written; torch wraps the errors of ranks into one."""
     causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
     reason = " ".join(str((causes or [error])[0]).split())
-    if re.search("No space|too large|write failed|quota", reason, re.IGNORECASE):
+    full = "No space|too large|quota|write failed|unexpected pos"  # the last two are torch's
+    if re.search(full, reason, re.IGNORECASE):
         return f"no room for a checkpoint of step {step}? ({reason})"
     return f"no checkpoint of step {step} ({reason})"
 

@@ -64,6 +64,21 @@ def settings(model_folder, samples):
     return [x for key, value in given.items() for x in (f"--{key}", str(value))]
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of an uninterrupted run, made once for each number of processes and rank."""
+    made = {}
+
+    def run(processes, settings):
+        key = (processes, *settings)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            finish(start(made[key], processes, settings))
+        return made[key]
+
+    return run
+
+
 def lines(out):
     file = Path(out, "metrics.jsonl")
     return file.read_bytes().count(b"\n") if file.is_file() else 0
@@ -102,10 +117,10 @@ def same_run(a, b):
     [(1, 10, 0), (2, 3, 0), (1, 10, 4)] if ALL else [(1, 3, 0), (2, 1, 0), (1, 1, 4)],
 )
 def test_killed_and_resumed_run_ends_as_the_uninterrupted_one(
-    tmp_path, settings, processes, kills, rank
+    tmp_path, settings, whole_run, processes, kills, rank
 ):
     settings = [*settings, "--lora_rank", str(rank)]
-    finish(start(tmp_path / "whole", processes, settings))
+    whole = whole_run(processes, settings)
     rng, killed = random.Random(processes), tmp_path / "killed"
     for at in sorted(rng.sample(range(STEPS), kills)):
         process = start(killed, processes, [*settings, "--resume", "True"])
@@ -116,15 +131,16 @@ def test_killed_and_resumed_run_ends_as_the_uninterrupted_one(
         process.communicate()
         assert process.returncode != 0  # it was killed, not done
     finish(start(killed, processes, [*settings, "--resume", "True"]))
-    same_run(tmp_path / "whole", killed)
+    same_run(whole, killed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_that_ctrl_c_ends_at_step_7_goes_on_as_the_uninterrupted_one(
-    tmp_path, settings, processes
+    tmp_path, settings, whole_run, processes
 ):
-    finish(start(tmp_path / "whole", processes, settings))
+    settings = [*settings, "--lora_rank", "0"]
+    whole = whole_run(processes, settings)
     stopped = tmp_path / "stopped"
     process = start(stopped, processes, settings)
     while process.poll() is None and lines(stopped) < 7:
@@ -137,7 +153,7 @@ def test_run_that_ctrl_c_ends_at_step_7_goes_on_as_the_uninterrupted_one(
     assert 7 <= done < STEPS and f"interrupted after step {done}, which is saved in" in line
     assert line.endswith("the same command with --resume True goes on")
     finish(start(stopped, processes, [*settings, "--resume", "True"]))
-    same_run(tmp_path / "whole", stopped)
+    same_run(whole, stopped)
 
 
 @pytest.mark.slow
