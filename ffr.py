@@ -482,8 +482,9 @@ def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
     sample, score = question.sample, repaired.score
     asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
-    evidence = patch_text(patch, question.video, question.spacing, corners=False).strip()
-    pictures = patch_pictures(patch, question.video, question.spacing)
+    seen = "pixel_values" in repaired.prompt  # or the student got a patch without pictures
+    evidence = patch_text(patch, question.video, question.spacing, corners=not seen)
+    pictures = patch_pictures(patch, question.video, question.spacing) if seen else []
     reward = f"R {score.accuracy:.2f} + R_fmt {score.format:.2f} - kappa {kappa:.2f}"
     if lam * score.correct * chosen.align:
         reward += f" + lambda {lam:.2f} x align {chosen.align:.2f}"

@@ -23,7 +23,7 @@ def run(student, questions, teach, kappa=0.3, lam=0.1, rollouts=3):
     return ffr.find_fix_reason(student, questions, rollouts, teach, kappa, lam, SEED)
 
 
-def with_config(student, **changes):
+def with_view(student, **changes):
     return replace(student, view=replace(student.view, **changes))
 
 
@@ -71,7 +71,7 @@ def test_prompt_template_takes_any_characters(student, samples):
     odd = replace(
         samples[0], question="{suffix} {x} %s \\1 «ü» {options}", options=["A. {question}"]
     )
-    own = with_config(student, prompt="Q: {question} | {options} | {suffix} {else}")
+    own = with_view(student, prompt="Q: {question} | {options} | {suffix} {else}")
     text = ffr.render_question(own, odd).partition("<|vision_end|>")[2].partition("<|im_end|>")[0]
     assert text == f"Q: {odd.question} | A. {{question}} | {ffr.SUFFIXES['exact']} {{else}}"
 
@@ -81,7 +81,7 @@ def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
     patch = EvidencePatch(
         "spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.2, 0.5, 0.6), "sign")]
     )
-    blind = with_config(student, patch_pictures=False)
+    blind = with_view(student, patch_pictures=False)
     seen, unseen = (ffr.encode(s, questions[0], patch) for s in (student, blind))
     assert "pixel_values" in seen and "pixel_values" not in unseen
     (part,) = ffr.render_patch(patch, questions[0].video, questions[0].spacing, pictures=False)
@@ -221,14 +221,14 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
     longest = questions[0].prompt["input_ids"].shape[1]
     (rollout,) = run(
-        with_config(student, max_prompt_length=longest), questions[:1], teach, rollouts=1
+        with_view(student, max_prompt_length=longest), questions[:1], teach, rollouts=1
     )[0]
     assert rollout.repaired is None and rollout.error.cause == "prompt"
 
 
 def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
     with pytest.raises(ValueError, match="over the limit of 20; raise --max_prompt_length"):
-        ffr.open_question(with_config(student, max_prompt_length=20), samples[0])
+        ffr.open_question(with_view(student, max_prompt_length=20), samples[0])
 
 
 def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
@@ -249,6 +249,21 @@ def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     assert places == sorted(places)
     assert f"= {rollout.reward:.2f}" in text and questions[0].sample.answer in text
     assert picture.width == 1200 and 600 < picture.height < 2400
+
+
+def test_repair_picture_shows_no_picture_that_the_student_did_not_get(
+    student, questions, teach, tmp_path, monkeypatch
+):
+    shown, draw = [], ffr.draw_page
+    monkeypatch.setattr(ffr, "draw_page", lambda parts: shown.append(parts) or draw(parts))
+    for pictures in (True, False):
+        (chosen,) = run(
+            with_view(student, patch_pictures=pictures), questions[:1], teach, rollouts=1
+        )[0]
+        ffr.draw_repair(chosen, 0.3, 0.1, tmp_path / "a.png")
+    (_, words, pictures), (_, bare_words, no_pictures) = (sections[4] for sections in shown)
+    assert len(pictures) > 0 and no_pictures == []
+    assert bare_words.startswith(words.split("Region")[0])
 
 
 def test_a_failed_diagnosis_keeps_nothing_of_its_step_alive(student, questions):

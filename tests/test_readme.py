@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +304,23 @@ def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, 
     assert done.returncode == 0, done.stderr
     assert "0 of 8 right at first (free-form), 0 of 0" in done.stdout
     assert "  No patch (malformed" in done.stdout and "Loading" not in done.stderr
+
+
+@pytest.mark.slow
+def test_smoke_test_of_ones_own_data_takes_three_steps(samples, model_folder, tmp_path):
+    """The README's first two commands, on needle videos and with a student that is its teacher."""
+    (block,) = [
+        code for code in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "smoke" in code
+    ]
+    check, smoke, _ = block.replace("\\\n", " ").splitlines()
+    file = shutil.copytree(Path(samples[0].path).parent, tmp_path / "data") / "records.jsonl"
+    words = {"FILE": str(file), "PATH": model_folder, "FILE.skip.json": f"{file}.skip.json"}
+    words |= {"runs/smoke": str(tmp_path / "smoke")}
+    for command in (check, smoke):
+        arguments = [words.get(word, word) for word in command.split()[1:]]
+        run_alone(ROOT, *arguments)
+    rows = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
 
 
 def test_every_named_test_and_file_exists():
