@@ -9,7 +9,15 @@
     R, R_fmt     `Rollout.score.accuracy`, `Rollout.score.format`;   R̃  `Chosen.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
 
-A τ* is on-policy under another observation: π_θ, π_old and π_ref all score it under (x, c).
+A round is `find_fix_reason`:
+
+    first_pass          samples τ_i ~ π_old(· | x), i = 1 … G; `judge` decides z_i
+    find_and_fix        asks the teacher about those with z_i = 0, all together: c_i
+    reason_again        samples τ*_i ~ π_old(· | x, c_i)
+    choose_and_reward   R̃_i of each τ̂_i; a repaired one is taxed by κ
+
+`episodes` hands each τ̂_i to the update under the prompt that it answers. So a τ* is on-policy under
+another observation: π_θ, π_old and π_ref all take its log-probs under (x, c).
 The file needs teacher.py, reward.py, grpo.py and data.py beside it, and not train.py.
 """
 
