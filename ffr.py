@@ -3,21 +3,22 @@
     x = (v, q)   `Question`: a `Sample` with its opened video and the frames the student sees
     π_θ          `Student`: the model with its processor, sampling and view
     τ, z         the `unaided` rollout, and whether its answer is right: `unaided.score.correct`
-    T, c         `teacher`, a function of failed cases, and the `patch` that it gives for one
+    T, c         `teacher`, a function of failed cases (x, y, τ), and the `patch` it gives for one
     τ*           the `repaired` rollout: the answer under the patched prompt (x, c)
     τ̂            `Chosen.rollout`, which is trained: τ if z = 1 (or without a patch), else τ*
     R, R_fmt     `Rollout.score.accuracy`, `Rollout.score.format`;   R̃  `Chosen.reward`
-    κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment; `num_rollouts`
+    κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment (ours); `num_rollouts`
 
 A round is `find_fix_reason`:
 
-    first_pass          samples τ_i ~ π_old(· | x), i = 1 … G; `judge` decides z_i
+    first_pass          samples τ_i ~ π_old(· | x), i = 1 … G; `judge` gives z_i (by reward.py)
     find_and_fix        asks the teacher about those with z_i = 0, all together: c_i
     reason_again        samples τ*_i ~ π_old(· | x, c_i)
-    choose_and_reward   R̃_i of each τ̂_i; a repaired one is taxed by κ
+    choose_and_reward   gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
 
-`episodes` hands each τ̂_i to the update under the prompt that it answers. So a τ* is on-policy under
-another observation: π_θ, π_old and π_ref all take its log-probs under (x, c).
+The caller sets the advantages; `episodes` hands each τ̂_i to the update under the prompt that it
+answers. So a τ* is on-policy under another observation: π_θ, π_old and π_ref all take its log-probs
+under (x, c).
 The file needs teacher.py, reward.py, grpo.py and data.py beside it, and not train.py.
 """
 
@@ -79,7 +80,7 @@ class Question:
     indices: list[int]  # original frames shown to the student
     frames: list[Image.Image]
     prompt: dict | None = None  # x as model inputs
-    counts: bool = True  # False: in the place of a record that does not open, trains nothing
+    counts: bool = True  # False: stands in for a record that could not be opened, trains nothing
 
     @property
     def spacing(self) -> float:
@@ -111,7 +112,7 @@ class Chosen:
     repaired: Rollout | None = None  # τ*
     align: float = 0.0
     reward: float = 0.0  # R̃
-    advantage: float = 0.0  # A_i, from the rewards of the group; train.py sets it
+    advantage: float = 0.0  # A_i, which the caller sets from the group's rewards
     reliance: float = 0.0  # of a repair on its patch, where it is measured
 
     @property
@@ -120,7 +121,8 @@ class Chosen:
         return self.unaided if self.repaired is None else self.repaired
 
 
-# What the teacher is to the round: failed cases in, as many patches or reasons why not out.
+# What the teacher is to the round: failed cases in, as many patches or reasons why not out. That no
+# patch tells y is its own business: teacher.py's `diagnose` with reward.py's `gate`.
 Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
 
 
@@ -174,7 +176,7 @@ def judge(student: Student, question: Question, prompt: dict, completion: Comple
 
 
 def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> list[Chosen]:
-    """Ask the teacher about all failures of the step together: c_i = T(x, y, τ_i) where z_i = 0.
+    """Ask the teacher about all failures of the round together: c_i = T(x, y, τ_i) where z_i = 0.
     Each gets a patch, or the error that says why there is none. Returns those with a patch."""
     failures = []
     for chosen in flat(groups):
@@ -229,9 +231,9 @@ def reason_again(
 
 
 def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """R̃_i of the rollout that is trained, `Chosen.rollout`: R + R_fmt of τ_i if z_i = 1 or there
-    is no patch; else R + R_fmt − κ of τ*_i, plus λ · align if it is right. The sum is taken in
-    reward.py, `robust_improvement_reward`."""
+    """Reward τ̂_i, `Chosen.rollout`. A τ_i (right, or without a patch) has R̃_i = R + R_fmt, and a
+    τ*_i has R̃_i = R + R_fmt − κ, plus λ · align if it is right. The sum is taken in reward.py,
+    `robust_improvement_reward`."""
     for chosen in flat(groups):
         repaired_score = None
         if chosen.repaired is not None:
@@ -246,20 +248,21 @@ def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> N
 
 def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
     """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
-    chosen rollout, under the prompt that it answers. What does not count has weight 0."""
+    τ̂_i: under x where it is a τ_i, under (x, c_i) where it is a τ*_i. What does not count has
+    weight 0."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
-    numbers = {}  # of patched prompts
+    patched_numbers = {}
     found = []
-    for number, group in enumerate(groups):
+    for question_number, group in enumerate(groups):
         for chosen in group:
-            prompt_number = number
+            prompt_number = question_number
             if chosen.repaired is not None:
-                following = len(groups) + len(numbers)
-                prompt_number = numbers.setdefault(prompt_key(chosen), following)
-                prompts[prompt_number] = chosen.repaired.prompt
+                next_number = len(groups) + len(patched_numbers)
+                prompt_number = patched_numbers.setdefault(prompt_key(chosen), next_number)
+                prompts[prompt_number] = chosen.repaired.prompt  # (x, c_i)
             weight = float(chosen.question.counts)
             episode = Episode(
-                question=number,
+                question=question_number,
                 prompt=prompt_number,
                 ids=chosen.rollout.completion.ids,
                 sampled_logps=chosen.rollout.completion.logps,
@@ -268,23 +271,6 @@ def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
             )
             found.append(episode)
     return prompts, found
-
-
-@torch.no_grad()
-def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
-    """What each repair owes to its patch: the mean over the tokens of τ* of
-    log p(τ*|x) − log p(τ*|x, c), below 0 where the patch made τ* likelier. One forward; the caller
-    autocasts."""
-    repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
-    scored = repaired or flat(groups)[:1]  # sharded ranks must all make the call
-    prompts, found = {}, []
-    for number, chosen in enumerate(scored):  # each counts as a question of its own here
-        prompts[number] = chosen.question.prompt
-        found.append(Episode(number, number, chosen.rollout.completion.ids))
-    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
-    for chosen, padded in zip(repaired, logps):
-        patched = chosen.repaired.completion.logps
-        chosen.reliance = (padded[: len(patched)] - patched).mean().item()
 
 
 def prompt_key(chosen: Chosen) -> tuple[str, str]:
@@ -322,6 +308,23 @@ def case_of(question: Question, response: str) -> Case:
         problem_type=sample.problem_type,
         record=sample.record,
     )
+
+
+@torch.no_grad()
+def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
+    """A diagnostic: what each repair owes to its patch, the mean over the tokens of τ* of
+    log p(τ*|x) − log p(τ*|x, c), below 0 where the patch made τ* likelier. One forward; the caller
+    autocasts."""
+    repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    scored = repaired or flat(groups)[:1]  # sharded ranks must all make the call
+    prompts, found = {}, []
+    for number, chosen in enumerate(scored):  # each counts as a question of its own here
+        prompts[number] = chosen.question.prompt
+        found.append(Episode(number, number, chosen.rollout.completion.ids))
+    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
+    for chosen, padded in zip(repaired, logps):
+        patched = chosen.repaired.completion.logps
+        chosen.reliance = (padded[: len(patched)] - patched).mean().item()
 
 
 # --- the prompt, and the patch in it ---
