@@ -570,14 +570,9 @@ def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentPar
 
 def explain(arguments: list[str]) -> None:
     """One round on a video of one's own: prints what is repaired and draws it as OUT/why.png."""
-    rooms = [Query, View, Method, SamplingSettings, TeacherSettings]
-    parser = settings_parser(rooms, prog="ffr.py", description=explain.__doc__)
-    parser.add_argument("video", help="before any of the settings")
-    parser.set_defaults(teacher="local")
-    config = parser.parse_args(arguments)
+    config = read_query(arguments)
     try:
-        if config.teacher != "scripted" and not config.teacher_model:
-            raise ValueError("give --teacher_model, who looks at the video")
+        Path(config.out).mkdir(parents=True, exist_ok=True)
         student = load_student(config)
         teach = load_teacher(config, student.model.device, gate, answers, evidence={})
         question = open_question(student, sample_of(config))
@@ -607,6 +602,26 @@ def explain(arguments: list[str]) -> None:
         file = Path(config.out, "why.png")
         print(draw_repair(repairs[0], config.kappa, config.lam, file))
         print(f"\nAs a picture: {file}")
+
+
+def read_query(arguments: list[str]) -> argparse.Namespace:
+    """The command's settings; exits with one sentence where they cannot be meant."""
+    rooms = [Query, View, Method, SamplingSettings, TeacherSettings]
+    usage = "ffr.py VIDEO --question Q --answer A --model M --teacher_model T [settings]"
+    parser = settings_parser(rooms, prog="ffr.py", usage=usage, description=explain.__doc__)
+    parser.add_argument("video", help="before any of the settings")
+    parser.set_defaults(teacher="local")
+    config = parser.parse_args(arguments)
+    for refused, why in [
+        (not Path(config.video).is_file(), f"no video at {config.video}"),
+        (config.num_rollouts < 1, "--num_rollouts must be 1 or more"),
+        (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
+        (config.teacher != "scripted" and not config.teacher_model, "give --teacher_model"),
+        (config.teacher == "remote" and not config.teacher_url, "give --teacher_url"),
+    ]:
+        if refused:
+            raise SystemExit(f"ffr.py: {why}")
+    return config
 
 
 def load_student(config) -> Student:

@@ -121,25 +121,33 @@ def parse(arguments: list[str]) -> Config:
 
 def validate(c: Config) -> None:
     """Exit with one sentence where settings cannot be meant."""
-    trackers = [name for name in c.log_with.split(",") if name]
-    known = [str(tracker) for tracker in get_available_trackers()]
+    known = ["all", *(str(tracker) for tracker in get_available_trackers())]
+    sizes = {"questions_per_device", "num_updates", "num_frames", "frame_pixels", "picture_pixels"}
+    sizes |= {"max_completion_length", "save_steps", "keep_checkpoints", "epochs"}
+    none = [f"--{name}" for name in sorted(sizes) if getattr(c, name) < 1]
     for refused, why in [
         (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
         (c.eval_data and not c.model, "--eval_data goes with --model and --data"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
-        (min(c.save_steps, c.keep_checkpoints) < 1, "--save_steps, --keep_checkpoints: 1 or more"),
+        (none, f"{', '.join(none)} must be 1 or more"),
+        (min(c.max_steps, c.rollouts_at_once) < 0, "--max_steps, --rollouts_at_once: 0 or more"),
+        (min(c.learning_rate, c.epsilon) < 0, "--learning_rate and --epsilon must be 0 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
         (min(c.kappa, c.lam, c.beta) < 0, "--kappa, --lam and --beta must be 0 or more"),
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
         (c.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
-        ({*trackers} - {*known}, f"--log_with {c.log_with}: pip install it; here are {known}"),
+        ({*trackers_of(c)} - {*known}, f"--log_with {c.log_with}: pip install it; here: {known}"),
         (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
         (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
     ]:
         if refused:
             raise SystemExit(f"train.py: {why}")
+
+
+def trackers_of(config: Config) -> list[str]:
+    return [name for name in config.log_with.split(",") if name]
 
 
 # --- the loop ---
@@ -149,10 +157,10 @@ def train(config, accelerator, student: Student, samples, teach, spare: Question
     run = prepare(config, accelerator, student, steps_of(config, accelerator, samples))
     done, history = resume(config, accelerator)
     bar = progress_bar(done, run.steps, accelerator)
-    with interruptible(accelerator.is_main_process) as interrupts:
+    with interruptible(accelerator) as interrupts:
         for step in bar:
-            questions = open_questions(student, pick(samples, step, config, accelerator), spare)
-            groups, rows, figures = train_step(run, questions, teach, spare, step=step)
+            mine = pick(samples, step, config, accelerator)
+            groups, rows, figures = train_step(run, mine, teach, spare, step=step)
             metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
             history.append(metrics)
             report(run, metrics, groups, bar)
@@ -162,7 +170,7 @@ def train(config, accelerator, student: Student, samples, teach, spare: Question
                 end = "interrupted"
             if end or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
                 folder = save_checkpoint(config, accelerator, step + 1)
-            if end and step + 1 < run.steps:
+            if end:
                 words = f"train.py: {end} after step {step + 1}, which is saved in {folder}; "
                 words += "the same command with --resume True goes on"
                 accelerator.end_training()
@@ -171,10 +179,11 @@ def train(config, accelerator, student: Student, samples, teach, spare: Question
     return history
 
 
-def train_step(run, questions, teach, spare, step: int) -> tuple[list, list[dict], dict]:
-    """A round, its advantages, an update. Returns this process's groups and figures, and the rows
-    that describe the rollouts of all processes."""
+def train_step(run, samples, teach, spare, step: int) -> tuple[list, list[dict], dict]:
+    """A round on this process's `samples`, its advantages, an update. Returns this process's groups
+    and figures, and the rows that describe the rollouts of all."""
     config, began = run.config, time.time()
+    questions = open_questions(run.student, samples, spare)
     spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
     ask = None if teach is None else partial(teach, spent=spent)
     with run.accelerator.autocast():
@@ -187,7 +196,7 @@ def train_step(run, questions, teach, spare, step: int) -> tuple[list, list[dict
             lam=config.lam,
             seed=(config.seed, step),
         )
-        if config.log_reliance:
+        if config.log_reliance and teach is not None:
             ffr.measure_reliance(run.student, groups)
     counted = [chosen for chosen in flat(groups) if chosen.question.counts]
     rows = gather_object([describe(chosen) for chosen in counted])
@@ -317,18 +326,19 @@ def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | No
 
 
 @contextmanager
-def interruptible(tell: bool):
+def interruptible(accelerator):
     """Yields a list. A first Ctrl-C only puts its time there, so that the step can be finished and
-    saved; a second one leaves at once. (A launcher passes on what the terminal has sent already,
-    which is no second one; torchrun kills its processes after 30 seconds.)"""
+    saved; a second one leaves at once. (A launcher of several processes passes on what the terminal
+    has sent to them already, and kills them after 30 seconds.)"""
     interrupts = []
+    echo = 1.0 if accelerator.num_processes > 1 else 0.0  # seconds in which a launcher passes it on
 
     def note(signal_number, frame):
-        if interrupts and time.monotonic() - interrupts[0] > 1:
+        if interrupts and time.monotonic() - interrupts[0] >= echo:
             raise KeyboardInterrupt
         if not interrupts:
             interrupts.append(time.monotonic())
-            if tell:
+            if accelerator.is_main_process:
                 tqdm.write("Ctrl-C: this step is finished and saved; once more leaves at once")
 
     before = signal.signal(signal.SIGINT, note)
@@ -691,27 +701,40 @@ def write_manifest(config: Config, processes: int) -> None:
     files = [path for path in (config.data, config.eval_data, config.skip) if path]
     now["sha256"] = {path: data.digest(path) for path in files}
 
-    then = json.loads(file.read_text()) if file.is_file() else {}
-    begun = bool(then) and any(out.glob("*.jsonl"))
+    then = read_manifest(file)
+    rows = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
+    begun = any(Path(out, f"{name}.jsonl").exists() for name in rows)
     differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    both_tiny = not config.model and not then.get("model")
-    if begun and not config.resume and not both_tiny:
+    replaces = not config.resume and not config.model and then.get("model") == ""
+    if begun and not config.resume and not replaces:
         raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
-    if then and not config.resume and both_tiny:
+    if replaces:
         print(f"train.py: {out} holds a tiny run; this one replaces it")
         remove_tiny_run(out)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=1) + "\n")
 
 
+def read_manifest(file: Path) -> dict:
+    """The settings of the run that OUT holds; {} where it holds none."""
+    try:
+        then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        then = None
+    if then is None or (then and "sha256" not in then):
+        raise ValueError(f"{file} is not of a run: choose another --out")
+    return then
+
+
 def remove_tiny_run(out: Path) -> None:
-    """Remove what tiny mode writes, so that an interrupted run leaves no mixture of two."""
-    for name in ("manifest.json", "summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl"):
-        Path(out, name).unlink(missing_ok=True)
+    """Remove what tiny mode writes, so that an interrupted run leaves no mixture of two. The
+    manifest goes last: as long as it is there, the next run removes the rest."""
     for name in ("checkpoints", "repairs", "model", "ffr", *NEEDLES):  # ffr: a tracker's
         shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl", "manifest.json"):
+        Path(out, name).unlink(missing_ok=True)
 
 
 # --- main ---
@@ -725,14 +748,14 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        log_with=config.log_with.split(",") if config.log_with else None,
+        log_with=trackers_of(config) or None,
         project_dir=config.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
     processes = accelerator.num_processes
     if processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("the launcher's processes did not join; see `accelerate env`")
-    if processes == 1 and re.search(r"--num_processes[ =]([2-9]|1\d)", of_launcher("cmdline")):
+    if processes == 1 and re.search(r"--num.processes[ =]([2-9]|1\d)", of_launcher("cmdline")):
         raise ValueError(
             "on a CPU accelerate launch starts one process, whatever --num_processes says; "
             "`torchrun --nproc_per_node N train.py` starts N"
@@ -747,10 +770,13 @@ def make_accelerator(config: Config) -> Accelerator:
 def threads_of(processes: int) -> int:
     """Threads of each process: the user's OMP_NUM_THREADS, else what the machine has, up to 4."""
     environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
-    users = re.search(r"\bOMP_NUM_THREADS=(\d+)", of_launcher("environ") or environment)
+    users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", of_launcher("environ") or environment)
     if users:
         return int(users[1])
-    return max(1, min(4, len(os.sched_getaffinity(0)) // processes))
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # what a container leaves of them, on Linux
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(4, cores // processes))
 
 
 def of_launcher(what: str) -> str:
@@ -835,5 +861,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "train.py: left at once; --resume True goes on from a checkpoint"
+            "train.py: left at once; --resume True goes on from what is saved"
         ) from None

@@ -344,3 +344,22 @@ def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
         "[5e-06; tiny mode",
     ):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"VIDEO": "gone.mp4"}, "no video at gone.mp4"),
+        ({"teacher_model": ""}, "give --teacher_model"),
+        ({"teacher": "remote"}, "give --teacher_url"),
+        ({"top_p": "2"}, "--top_p must be in"),
+        ({"num_rollouts": "0"}, "--num_rollouts must be 1 or more"),
+        ({"model": "nowhere"}, "nowhere: no processor or no model loads from there"),
+    ],
+)
+def test_why_command_refuses_in_one_sentence(samples, model_folder, tmp_path, given, words):
+    settings = {"question": "q", "answer": "a", "model": model_folder, "out": str(tmp_path)}
+    settings |= {"teacher_model": model_folder} | given
+    video = settings.pop("VIDEO", samples[0].path)
+    with pytest.raises(SystemExit, match=f"^ffr.py: {words}"):
+        ffr.explain([video, *(f"--{name}={value}" for name, value in settings.items())])

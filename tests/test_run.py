@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from traceback import StackSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,13 +54,14 @@ def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if
     for name in ("metrics.jsonl", "repairs", "model"):
         (tmp_path / name).rename(tmp_path / f"whole-{name}")
     capsys.readouterr()
+    handler = signal.getsignal(signal.SIGINT)
     told = "interrupted after step 2, which is saved in .*checkpoints/000002; .*--resume True goes"
     with pytest.raises(SystemExit, match=told):
         train_once(make_config(**SETTINGS), accelerator, samples, interrupting(samples, at=2))
     said = capsys.readouterr()
     assert (said.out + said.err).count("once more leaves at once") == 1
     assert [row["step"] for row in train.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    assert signal.getsignal(signal.SIGINT) is handler  # as it was
     config, fresh = make_config(**SETTINGS, resume=True), train.Accelerator(cpu=True)
     student = train.load_student(config, fresh)
     spare = ffr.open_question(student, samples[0])
@@ -68,10 +70,7 @@ def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if
     assert [row["reward"] for row in rest] == [row["reward"] for row in history]
 
 
-def test_a_second_ctrl_c_leaves_at_once(make_config, accelerator, samples, monkeypatch):
-    now = iter(range(0, 1000, 5))  # seconds: it is not the first one, passed on by a launcher
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
-
+def test_a_second_ctrl_c_leaves_at_once(make_config, accelerator, samples):
     def ask(cases, **more):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -81,10 +80,24 @@ def test_a_second_ctrl_c_leaves_at_once(make_config, accelerator, samples, monke
 
 
 def test_a_signal_that_a_launcher_passes_on_is_not_a_second_one():
-    with train.interruptible(tell=True) as interrupts:
+    ranks = SimpleNamespace(num_processes=2, is_main_process=True)
+    with train.interruptible(ranks) as interrupts:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         assert len(interrupts) == 1
+
+
+def test_ctrl_c_in_the_last_step_keeps_it_and_leaves(make_config, samples):
+    one = SETTINGS | {"max_steps": 1}
+    with pytest.raises(SystemExit, match="interrupted after step 1"):
+        train_once(
+            make_config(**one), train.Accelerator(cpu=True), samples, interrupting(samples, at=1)
+        )
+    config, fresh = make_config(**one, resume=True), train.Accelerator(cpu=True)
+    student = train.load_student(config, fresh)
+    spare = ffr.open_question(student, samples[0])
+    assert len(train.train(config, fresh, student, samples, None, spare)) == 1
+    assert train.Path(config.out, "model", "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -141,11 +154,19 @@ def test_interrupted_second_tiny_run_leaves_nothing_of_the_first(monkeypatch, tm
 
 
 def test_tiny_mode_does_not_replace_another_run(monkeypatch, tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"model": "a 7B"}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(SystemExit, match="holds a run: --resume it, remove it or choose"):
-        tiny_main(monkeypatch, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    for manifest in ({"model": "a 7B", "sha256": {}}, {}):  # or it is lost
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(SystemExit, match="holds a run: --resume it, remove it or choose"):
+            tiny_main(monkeypatch, tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "model").mkdir()
+    for other in ('{"name": "my data"}', "[1]", ""):
+        (tmp_path / "manifest.json").write_text(other)
+        with pytest.raises(SystemExit, match="manifest.json is not of a run: choose another"):
+            tiny_main(monkeypatch, tmp_path)
+        assert (tmp_path / "model").is_dir()
 
 
 def test_users_number_of_threads_counts_also_behind_a_launcher(monkeypatch):
@@ -157,6 +178,9 @@ def test_users_number_of_threads_counts_also_behind_a_launcher(monkeypatch):
     assert train.threads_of(2) == 2
     monkeypatch.setattr(train, "of_launcher", lambda what: "HOME=/ MY_OMP_NUM_THREADS=2 LANG=C")
     assert [train.threads_of(n) for n in (1, 4, 8, 32)] == [4, 4, 2, 1]
+    for nothing in ("0", ""):
+        monkeypatch.setenv("OMP_NUM_THREADS", nothing)
+        assert train.threads_of(16) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(train, "of_launcher", lambda what: "")
     assert train.threads_of(8) == 2

@@ -158,6 +158,9 @@ REFUSALS = {
     "lam=0.3": "--lam must be below --kappa",
     "temperature=0": "--temperature must be above 0",
     "top_p=0": "--top_p must be in",
+    "questions_per_device=0 num_frames=0": "--num_frames, --questions_per_device must be 1 or more",
+    "max_steps=-1": "--max_steps, --rollouts_at_once: 0 or more",
+    "learning_rate=-1": "--learning_rate and --epsilon must be 0 or more",
     "teacher=local": "this --teacher needs --teacher_model",
     "teacher=remote": "this --teacher needs --teacher_model",
     "teacher=remote teacher_model=m": "give --teacher_url",
@@ -484,7 +487,7 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 920, "reward": 450, "ffr": 630, "grpo": 550, "data": 720, "train": 840}
+LIMITS = {"teacher": 920, "reward": 450, "ffr": 640, "grpo": 550, "data": 720, "train": 880}
 
 
 @pytest.mark.parametrize("name", LIMITS)
