@@ -487,7 +487,7 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 920, "reward": 450, "ffr": 640, "grpo": 550, "data": 720, "train": 880}
+LIMITS = {"teacher": 920, "reward": 450, "ffr": 645, "grpo": 550, "data": 720, "train": 870}
 
 
 @pytest.mark.parametrize("name", LIMITS)
