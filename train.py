@@ -462,11 +462,8 @@ def evaluate(
             groups = ffr.find_fix_reason(
                 student, questions, 1, teach, kappa=0.0, lam=0.0, seed=("evaluation",)
             )
-        fresh = []
-        for chosen in flat(groups):
-            if chosen.question.counts:
-                fresh.append(evaluation_row(chosen))
-        fresh = gather_object(fresh)
+        counted = [chosen for chosen in flat(groups) if chosen.question.counts]
+        fresh = gather_object([evaluation_row(chosen) for chosen in counted])
         if accelerator.is_main_process:
             add_rows(file, fresh)
         rows += fresh
