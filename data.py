@@ -39,6 +39,7 @@ TRUTHS = ("evidence", "moments", "cue", "look")  # for a scripted teacher or a c
 KNOWN = {*TEXTS, *TRUTHS, "problem_id", "options", "data_type", "data_source", "process"}
 MANY = 1000  # videos; more than these are checked before a run, not at its start
 LONG = 2000  # frames; decord seeks in clips that have more
+PATIENCE = 60.0  # seconds of work that reading a clip may take
 
 
 @dataclass
@@ -49,9 +50,6 @@ class Settings:
     video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
     skip: Annotated[str, "list of records to leave out, as `python data.py` writes it (ours)"] = ""
     eval_data: Annotated[str, "held-out records, for accuracy before and after (ours)"] = ""
-
-
-PATIENCE = 60.0  # seconds of work that reading a clip may take
 
 
 class DataError(ValueError):

@@ -338,9 +338,7 @@ class View:
     picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
     patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
     max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    decode_patience: Annotated[float, "seconds of work that reading a clip may take (ours)"] = (
-        PATIENCE
-    )
+    decode_patience: Annotated[float, "seconds of work to read a clip in (ours)"] = PATIENCE
 
 
 @dataclass
@@ -518,8 +516,7 @@ def draw_page(sections: list[tuple]) -> Image.Image:
     font, heading_font = ImageFont.load_default(19), ImageFont.load_default(23)
     y = 24
     for heading, text, pictures in sections:
-        lines = [textwrap.fill(line, 100) for line in text.splitlines()]
-        body = "\n".join(lines)
+        body = "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
         below = (24, y + 30)
         pen.text((24, y), heading, (20, 60, 140), heading_font)
         pen.text(below, body, "black", font, spacing=7)
@@ -532,8 +529,7 @@ def draw_page(sections: list[tuple]) -> Image.Image:
             x, top = 24 + width * column, y + (height + 34) * row
             pen.text((x, top), label, "gray", font)
             page.paste(ImageOps.contain(image, (width - 12, height)), (x, top + 26))
-        rows = -(-len(pictures) // columns)
-        y += (height + 34) * rows
+        y += (height + 34) * -(-len(pictures) // columns)
     return page.crop((0, 0, page.width, y))
 
 
@@ -592,8 +588,7 @@ def explain(arguments: list[str]) -> None:
     repairs.sort(key=lambda chosen: not chosen.repaired.score.correct)  # a right one first
     right = sum(chosen.unaided.score.correct for chosen in group)
     fixed = sum(chosen.repaired.score.correct for chosen in repairs)
-    kind = question.sample.problem_type
-    print(f"{right} of {len(group)} right at first ({kind}), ", end="")
+    print(f"{right} of {len(group)} right at first ({question.sample.problem_type}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
     unhelped = [chosen for chosen in group if chosen.error is not None]
     for words in dict.fromkeys(f"{c.unaided.text}\n  No patch ({c.error})" for c in unhelped):
@@ -612,16 +607,25 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("video", help="before any of the settings")
     parser.set_defaults(teacher="local")
     config = parser.parse_args(arguments)
-    for refused, why in [
+    checks = [
         (not Path(config.video).is_file(), f"no video at {config.video}"),
         (config.num_rollouts < 1, "--num_rollouts must be 1 or more"),
-        (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
-        (config.teacher != "scripted" and not config.teacher_model, "give --teacher_model"),
-        (config.teacher == "remote" and not config.teacher_url, "give --teacher_url"),
-    ]:
+    ]
+    for refused, why in checks + checks_of_round(config):
         if refused:
             raise SystemExit(f"ffr.py: {why}")
     return config
+
+
+def checks_of_round(c) -> list[tuple]:
+    """(is it refused, why) for the settings of a round, a student and a teacher."""
+    return [
+        (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
+        (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
+        (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
+        (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
+        (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
+    ]
 
 
 def load_student(config) -> Student:
@@ -629,8 +633,7 @@ def load_student(config) -> Student:
     logging.disable_progress_bar()
     model, processor = load_policy(config.model)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    sampling = load_sampling(config, model, processor)
-    return Student(model.to(device), processor, sampling, config)
+    return Student(model.to(device), processor, load_sampling(config, model, processor), config)
 
 
 def sample_of(config) -> Sample:

@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy
 import torch
 import transformers
 from accelerate import Accelerator
@@ -29,6 +28,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from PIL import Image
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import data
@@ -125,7 +125,7 @@ def validate(c: Config) -> None:
     sizes = {"questions_per_device", "num_updates", "num_frames", "frame_pixels", "picture_pixels"}
     sizes |= {"max_completion_length", "save_steps", "keep_checkpoints", "epochs"}
     none = [f"--{name}" for name in sorted(sizes) if getattr(c, name) < 1]
-    for refused, why in [
+    checks = [
         (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
         (c.eval_data and not c.model, "--eval_data goes with --model and --data"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
@@ -134,14 +134,10 @@ def validate(c: Config) -> None:
         (min(c.learning_rate, c.epsilon) < 0, "--learning_rate and --epsilon must be 0 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
         (min(c.kappa, c.lam, c.beta) < 0, "--kappa, --lam and --beta must be 0 or more"),
-        (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
-        (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
-        (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
         (c.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
         ({*trackers_of(c)} - {*known}, f"--log_with {c.log_with}: pip install it; here: {known}"),
-        (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
-        (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
-    ]:
+    ]
+    for refused, why in checks + ffr.checks_of_round(c):
         if refused:
             raise SystemExit(f"train.py: {why}")
 
@@ -422,24 +418,27 @@ def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
     not. Where a step has none of the kind, one of the other is drawn."""
     folder = Path(run.config.out, "repairs")
     drawn = len([*folder.glob("*.txt")])
+    if drawn * run.steps > 8 * (step - 1):
+        return
+
     wanted = drawn % 4 != 3
     repairs = [chosen for chosen in flat(groups) if chosen.repaired is not None]
     repairs.sort(key=lambda chosen: chosen.repaired.score.correct != wanted)
-    if repairs and drawn * run.steps <= 8 * (step - 1):
-        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{repairs[0].question.sample.id}")
+    for chosen in repairs[:1]:
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{chosen.question.sample.id}")
         file = folder / f"{name}.png"
-        ffr.draw_repair(repairs[0], run.config.kappa, run.config.lam, file)
+        ffr.draw_repair(chosen, run.config.kappa, run.config.lam, file)
         track_picture(run.accelerator, file, step)
 
 
 def track_picture(accelerator, file: Path, step: int) -> None:
-    """Give a repair's picture to the trackers that take pictures in lists."""
-    picture = numpy.asarray(Image.open(file))[None]  # (1, height, width, 3)
+    """Give a repair's picture to the trackers that take pictures, each in the form it wants."""
     for tracker in accelerator.trackers:
+        picture = Image.open(file)
         if tracker.name == "tensorboard":
-            tracker.log_images({"repair": picture}, step=step, dataformats="NHWC")
+            tracker.log_images({"repair": pil_to_tensor(picture)[None]}, step=step)
         elif tracker.name == "wandb":
-            tracker.log_images({"repair": picture}, step=step)
+            tracker.log_images({"repair": [picture]}, step=step)
 
 
 # --- evaluation and a run in figures ---
@@ -450,7 +449,7 @@ def evaluate(
     it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     file, processes = Path(config.out, f"{name}.jsonl"), accelerator.num_processes
-    rows = same_on_all(read_rows(file) if accelerator.is_main_process else [])
+    rows = shared_rows(accelerator, file)
     done = {row["id"] for row in rows}
     left = [sample for sample in samples if sample.id not in done]
     starts = range(0, len(left), at_once * processes)
@@ -620,8 +619,9 @@ def add_rows(file: Path, rows: list[dict]) -> None:
         opened.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def same_on_all(rows: list[dict]) -> list[dict]:
-    """The main process's rows, on every process."""
+def shared_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
+    """`read_rows` by the main process, for every process."""
+    rows = read_rows(file, last) if accelerator.is_main_process else []
     return broadcast_object_list([rows])[0]
 
 
@@ -631,8 +631,7 @@ def resume(config: Config, accelerator) -> tuple[int, list[dict]]:
     if folder:
         accelerator.load_state(str(folder))
     done = int(folder.name) if folder else 0
-    file = Path(config.out, "metrics.jsonl")
-    return done, same_on_all(read_rows(file, done) if accelerator.is_main_process else [])
+    return done, shared_rows(accelerator, Path(config.out, "metrics.jsonl"), done)
 
 
 def newest_checkpoint(config: Config) -> Path | None:

@@ -350,7 +350,9 @@ def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
     "given, words",
     [
         ({"VIDEO": "gone.mp4"}, "no video at gone.mp4"),
-        ({"teacher_model": ""}, "give --teacher_model"),
+        ({"teacher_model": ""}, "this --teacher needs --teacher_model"),
+        ({"lam": "0.3"}, "--lam must be below --kappa"),
+        ({"temperature": "0"}, "--temperature must be above 0"),
         ({"teacher": "remote"}, "give --teacher_url"),
         ({"top_p": "2"}, "--top_p must be in"),
         ({"num_rollouts": "0"}, "--num_rollouts must be 1 or more"),
