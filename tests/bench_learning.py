@@ -1,15 +1,26 @@
-"""Does context repair beat plain GRPO here, and why? `python tests/bench_learning.py` runs what is
-not in `assets/learning.json` yet, two runs at a time, and writes that file, `assets/learning.md`
-(the table) and, with matplotlib, `assets/learning.png`.
+"""What does context repair teach, what does plain GRPO, and what do the paper's choices buy?
 
 Every run goes through `train.train` from the same cold start until it has *sampled* BUDGET tokens,
 failed and repaired answers alike, and is then asked about videos it has not seen, greedily. The
-learning rate falls by a cosine of the tokens spent. One thread a run.
+learning rate falls by a cosine of the tokens spent. One thread a run, two runs at a time.
 
-    --quick               every arm in small, one seed each, under runs/learning/quick
-    --phase grid          only the learning rates, or arms, or dial
-    --arm FFR --seed 0    run one again, and compare it with the recorded row
-    --report              write table and figure again
+There are two looks, each with a task family of its own (tests/cold_start.py):
+
+    needle   the colours at one moment. Where the student does not know, it guesses, and is right
+             now and then. Record: assets/learning.json
+    chain    the colours at the flash and at the moment before or after. Where the student does not
+             know, it has a habit, and is never right. `Start` holds the dials of rarity: two cells,
+             "common" and "rare". Record: assets/chain.json
+
+`python tests/bench_learning.py` runs what the record of the chain does not hold yet, and goes on
+where it was stopped. `python tests/report_learning.py` draws its figures and tables.
+
+    --look needle         the first look instead
+    --quick               every arm of both in small, one seed each, under runs/learning/quick
+    --phase rates         only runs of this phase
+    --arm FFR --seed 0    run one again (`--cell rare`), and compare it with the recorded row
+    --try find=0.1,relate=0.2 --rate 3e-4 --arm FFR --seed 900
+                          one run from another cold start: a row of assets/learning-search.jsonl
     --minutes 60          start no further run after an hour
 """
 
@@ -27,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -34,7 +46,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cold_start import cold_start, needle_rationale  # noqa: E402
+from cold_start import Start, chain_rationale, cold_start, needle_rationale  # noqa: E402
 
 import data  # noqa: E402
 import ffr  # noqa: E402
@@ -44,17 +56,19 @@ import teacher  # noqa: E402
 import train  # noqa: E402
 from teacher import TeacherError  # noqa: E402
 
-# Fixed before the seeds ran.
-BUDGET = 300_000  # tokens that the student samples
+# --- what is run: fixed before the seeds ran ---
+BUDGET = 600_000  # tokens that the student samples
 VIDEOS = {"cold": (384, 1), "train": (1024, 2), "held_out": (512, 3)}  # number, seed
-COLD = (0.0, 0.1)  # p_find, p_read: how often the lessons are right beyond chance
 QUESTIONS, POINTS = 4, 8  # questions a step; evaluations on the way
+MAIN, MORE = (0, 1, 2, 3, 4), (0, 1, 2)  # seeds
+
+# The first look.
+COLD = Start(find=0.0, relate=0.1)
 GRID = (4e-5, 8e-5, 1.5e-4, 3e-4, 6e-4)  # learning rates, tried on the seeds
 GRID_SEEDS = (100, 101)
 LR = {"GRPO": 8e-5, "FFR": 3e-4}  # the best of the grid; the other arms take FFR's
-DIAL = ((0.0, 0.05, 0.2), (0.1, 0.4, 0.7))  # p_find, p_read
+DIAL = ((0.0, 0.05, 0.2), (0.1, 0.4, 0.7))  # find, relate
 DIAL_SEED = 50
-MAIN, MORE = (0, 1, 2, 3, 4), (0, 1, 2)  # seeds
 ARMS = {  # seeds, and what differs from FFR
     "GRPO": (MAIN, {"method": "grpo"}),
     "FFR": (MAIN, {}),
@@ -75,79 +89,179 @@ ARMS = {  # seeds, and what differs from FFR
     "std none": (MORE, {"scale_rewards": "none"}),
 }
 
+# The second look.
+CELLS = {
+    "common": Start(chain=True, find=0.6, relate=0.6),
+    "rare": Start(chain=True, find=0.02, relate=0.1),
+}
+CHAIN_RATES = (1.5e-4, 3e-4, 6e-4)
+RATES_SEEDS = (200,)
+CHAIN_LR = {}  # cell, arm: the best of these
+CHAIN_ARMS = {  # what differs from FFR
+    "GRPO": {"method": "grpo"},
+    "FFR": {},
+    "bare prompt": {},  # the repaired tokens are scored under x, not under (x, c)
+    "where all failed": {},  # repairs only in groups without a success
+    "GRPO, then FFR": {},  # each for half of the budget
+    "FFR, then GRPO": {},
+    "reward only": {},
+    "imitation": {},
+    "GRPO, beta": {"method": "grpo", "beta": 0.04},
+    "FFR, beta": {"beta": 0.04},
+}
+TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate, "GRPO, beta" GRPO's
 
-class Spent(Exception):
-    """The budget is used up."""
+
+class Job(NamedTuple):
+    phase: str
+    arm: str
+    seed: int
+    start: Start
+    lr: float
+
+
+def needle_jobs() -> list[Job]:
+    """The first look's: learning rates, arms, and a dial of cold starts."""
+    grid = [Job("grid", arm, s, COLD, lr) for s in GRID_SEEDS for lr in GRID for arm in LR]
+    arms = []
+    for arm, (seeds, changes) in ARMS.items():
+        rate = changes.get("learning_rate", LR.get(arm, LR["FFR"]))
+        arms += [Job("arms", arm, seed, COLD, rate) for seed in seeds]
+    arms.sort(key=lambda job: (ARMS[job.arm][0] == MORE, job.seed))  # main arms first
+    starts = [Start(find=find, relate=relate) for find, relate in product(*DIAL)]
+    dial = [Job("dial", arm, DIAL_SEED, start, LR[arm]) for start in starts for arm in LR]
+    return grid + arms + dial
+
+
+def chain_jobs() -> list[Job]:
+    """The second look's: learning rates, then the arms in both cells."""
+    rates = [
+        Job("rates", arm, seed, start, lr)
+        for seed, start, lr, arm in product(RATES_SEEDS, CELLS.values(), CHAIN_RATES, TUNED)
+    ]
+    cells = []
+    for seed, (cell, start), arm in product(MAIN, CELLS.items(), CHAIN_ARMS):
+        tuned = arm.removesuffix(", beta")
+        lr = CHAIN_LR.get((cell, tuned), CHAIN_LR.get((cell, "FFR"), CHAIN_RATES[1]))
+        cells.append(Job("cells", arm, seed, start, lr))
+    return rates + cells
+
+
+def name_of(job: Job) -> str:
+    dials = f"find {job.start.find} relate {job.start.relate}"
+    for dial in ("named", "captions", "steps"):
+        if getattr(job.start, dial) != Start._field_defaults[dial]:
+            dials += f" {dial} {getattr(job.start, dial)}"
+    family = "chain " * job.start.chain
+    return f"{family}{job.phase} {job.arm} {dials} lr {job.lr:g} seed {job.seed}"
 
 
 def work() -> Path:
     return ROOT / "runs" / "learning" / ("quick" if BUDGET < 10**5 else "")
 
 
-def jobs(phase: str) -> list[tuple]:
-    """(phase, arm, seed, cold start, learning rate) of every run."""
-    if phase == "grid":
-        return [("grid", arm, seed, COLD, lr) for seed in GRID_SEEDS for lr in GRID for arm in LR]
-    if phase == "dial":
-        return [("dial", arm, DIAL_SEED, cold, LR[arm]) for cold in product(*DIAL) for arm in LR]
-    todo = [
-        ("arms", arm, seed, COLD, changes.get("learning_rate", LR.get(arm, LR["FFR"])))
-        for arm, (seeds, changes) in ARMS.items()
-        for seed in seeds
-    ]
-    return sorted(todo, key=lambda job: (ARMS[job[1]][0] == MORE, job[2]))  # main arms first
-
-
-def name_of(job: tuple) -> str:
-    phase, arm, seed, (find, read), lr = job
-    return f"{phase} {arm} find {find} read {read} lr {lr:g} seed {seed}"
-
-
-def rows_of(phase: str, arm: str) -> list[str]:
-    return [name_of(job) for job in jobs(phase) if job[1] == arm]
-
-
-def cold_folder(cold: tuple) -> Path:
-    """Videos and a cold start of this strength, made once."""
-    folder = work() / "cold-{}-{}".format(*cold)
-    if not (folder / "done").is_file():
-        cold_start(str(folder), VIDEOS, *cold, steps=1000 if BUDGET > 10**5 else 200)
-        (folder / "done").touch()
+def cold_folder(start: Start) -> Path:
+    """Videos and a cold start of this strength, made once, and what it can do: start.json."""
+    folder = work() / ("cold-" + "-".join(f"{dial:g}" for dial in start))
+    if not (folder / "start.json").is_file():
+        cold_start(str(folder), VIDEOS, start if BUDGET > 10**5 else start._replace(steps=200))
+        run = Run(Job("cold", "FFR", 0, start, 0.0))
+        found = run.first_look()
+        (folder / "start.json").write_text(json.dumps(found))
     return folder
 
 
 # --- what is measured ---
+def cited(text: str) -> tuple[int, int] | None:
+    """The moments that a rationale takes for the flash and for the one asked for."""
+    times = [data.moment_time(moment) for moment in range(data.MOMENTS)]
+    flash = re.search(r"flash (<[\d.]+ seconds>)", text)
+    looks = re.findall(r"look (<[\d.]+ seconds>)", text)
+    if not flash or not looks or not {flash[1], looks[-1]} <= {*times}:
+        return None
+    return times.index(flash[1]), times.index(looks[-1])
+
+
 def skills(sample: data.Sample, text: str) -> dict:
     """Which steps of a rationale are right: the cue (which moment is flashed), the relation (from
-    there to the moment asked for), the reading (the colours at the moment it cites)."""
-    truth, times = sample.truth, [data.moment_time(m) for m in range(data.MOMENTS)]
-    cited = re.search(r"flash (<[\d.]+ seconds>) look (<[\d.]+ seconds>)", text)
+    there to the moment asked for), the reading (the colours at the moments it cites)."""
+    truth, found = sample.truth, cited(text)
     answer = re.search(r"<answer>(.*?)</answer>", text)
-    if not cited or not answer or not {*cited.groups()} <= {*times}:
+    if not found or not answer:
         return dict.fromkeys(("cue", "relation", "reading", "cites"), False)
-    cue, look = map(times.index, cited.groups())
+    cue, look = found
+    seen = [*truth["moments"][look]]
+    if len(sample.answer.split()) == 4:  # a chain
+        seen = [*truth["moments"][cue], *seen]
     return {
         "cue": cue == truth["cue"],
         "relation": look - cue == truth["look"] - truth["cue"],
-        "reading": answer[1].split() == truth["moments"][look],
-        "cites": look == truth["look"],
+        "reading": answer[1].split() == seen,
+        "cites": found == (truth["cue"], truth["look"]),
     }
 
 
+def rationale_of(sample: data.Sample) -> str:
+    truth = sample.truth
+    write = chain_rationale if len(sample.answer.split()) == 4 else needle_rationale
+    return write(truth, truth["cue"], truth["look"])
+
+
+@torch.no_grad()
+def probabilities(student: ffr.Student, questions: list, prompts: list[dict]) -> dict:
+    """Each skill by itself: the mean probability of the right step where all steps before it are
+    right. `find`: the flash's time; `relate`: the time of the moment asked for; `read`: all colours
+    in the rationale. Their product is about the chance of an unaided success."""
+    rows = []
+    for start in range(0, len(questions), 64):
+        part, episodes, words = questions[start : start + 64], [], []
+        for number, question in enumerate(part):
+            ids = student.processor.tokenizer.encode(rationale_of(question.sample))
+            words.append(student.processor.tokenizer.convert_ids_to_tokens(ids))
+            episodes.append(grpo.Episode(number, number, torch.tensor(ids)))
+        asked = prompts[start : start + 64]
+        logps, _ = grpo.batched_logps(student.model, asked, episodes, student.sampling)
+        for told, own in zip(words, logps):
+            looks = [place for place, word in enumerate(told) if word == "look"]
+            thought = told[: told.index("</think>")]
+            colours = [place for place, word in enumerate(thought) if word in data.COLOURS]
+            places = {"find": [told.index("flash") + 1], "relate": [looks[-1] + 1], "read": colours}
+            rows.append({skill: own[at].sum().exp().item() for skill, at in places.items()})
+    return {skill: statistics.mean(row[skill] for row in rows) for skill in rows[0]}
+
+
 def measure(student: ffr.Student, questions: list, teach) -> dict:
-    """Shares of the held-out questions. `faithful`: right, and the right moment is cited."""
-    student, rows = replace(student, sampling=replace(student.sampling, temperature=0.0)), []
+    """Of the held-out questions, greedily: shares right without and with a patch; `faithful`: right,
+    and the right moments are cited; the skills; and the reliance of sampled repairs."""
+    greedy = replace(student, sampling=replace(student.sampling, temperature=0.0))
+    rows, reliance, repaired = [], [], []
     for start in range(0, len(questions), 64):
         part = questions[start : start + 64]
-        for q, (r,) in zip(part, ONE_ROUND(student, part, 1, teach, 0.0, 0.0, ("evaluation",))):
+        for q, (r,) in zip(part, ONE_ROUND(greedy, part, 1, teach, 0.0, 0.0, ("evaluation",))):
             row = skills(q.sample, r.unaided.text)
             right = {"unaided": r.unaided.score.correct, "assisted": r.rollout.score.correct}
-            rows.append(row | right | {"faithful": right["unaided"] and row["cites"]})
-    return {k: round(sum(row[k] for row in rows) / len(rows), 4) for k in rows[0]}
+            told = skills(q.sample, r.rollout.text)["cites"] and right["assisted"]
+            rows.append(row | right | {"faithful": right["unaided"] and row["cites"], "told": told})
+            if r.repaired:
+                repaired.append(r)
+    groups = ONE_ROUND(student, questions[:64], 1, teach, 0.0, 0.0, ("reliance",))
+    with_repair = [group for group in groups if group[0].repaired]
+    if with_repair:
+        ffr.measure_reliance(student, with_repair)
+        reliance = [group[0].reliance for group in with_repair]
+    found = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    found |= probabilities(student, questions, [question.prompt for question in questions])
+    if repaired:
+        asked, prompts = [r.question for r in repaired], [r.repaired.prompt for r in repaired]
+        patched = probabilities(student, asked, prompts)
+        found |= {f"{skill} patched": value for skill, value in patched.items()}
+    found |= {"reliance": statistics.mean(reliance) if reliance else 0.0}
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 # --- what the arms do differently ---
 ONE_ROUND = ffr.find_fix_reason
+NOT_ASKED = TeacherError("not asked", "this arm repairs only where a whole group failed")
 
 
 def change(arm: str, patch, case, rng: random.Random):
@@ -182,354 +296,353 @@ def change(arm: str, patch, case, rng: random.Random):
 
 def choose(arm: str, r: ffr.Chosen) -> ffr.Chosen:
     """The rollout that this arm trains in place of the chosen one."""
-    if r.repaired and arm.startswith("reward only"):
+    if not r.repaired:
+        return r
+    if arm.startswith("reward only"):
         return replace(r, repaired=None)
+    if arm == "bare prompt":
+        return replace(r, repaired=replace(r.repaired, prompt=r.question.prompt))
     plain = r.unaided.score.accuracy + r.unaided.score.format
-    if r.repaired and arm == "best of" and plain >= r.reward:
+    if arm == "best of" and plain >= r.reward:
         return replace(r, repaired=None, reward=plain)
     return r
 
 
+def asks(arm: str, spent: float) -> bool:
+    """Whether this arm asks its teacher when this share of its budget is spent."""
+    if arm == "GRPO, then FFR":
+        return spent >= 0.5
+    return arm != "FFR, then GRPO" or spent < 0.5
+
+
+def only_where_all_failed(ask, cases: list, num_rollouts: int) -> list:
+    """Patches for the cases of the groups that have no success, in the order of all cases."""
+    failures = [case.id for case in cases]
+    wanted = [case for case in cases if failures.count(case.id) == num_rollouts]
+    patches = iter(ask(wanted) if wanted else [])
+    return [next(patches) if case in wanted else NOT_ASKED for case in cases]
+
+
 # --- a run ---
-def learn(job: tuple) -> dict:
-    """One arm from the cold start to the end of its budget; what is recorded of it."""
-    (_, arm, seed, cold, lr), began = job, time.time()
-    folder, rng = cold_folder(cold), random.Random(seed)
-    given = (
-        train.TINY
-        | {
-            "model": folder / "model",
-            "data": folder / "train/records.jsonl",
-            "seed": seed,
-            "out": work() / name_of(job).replace(" ", "-"),
-            "learning_rate": lr,
-            "questions_per_device": QUESTIONS,
-            "max_steps": 10**6,
-            "save_steps": 10**6,
-        }
-        | ARMS[arm][1]
-    )
-    config = train.parse([x for key, value in given.items() for x in (f"--{key}", str(value))])
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    Path(config.out, "metrics.jsonl").unlink(missing_ok=True)
-    accelerator = train.Accelerator(cpu=True)
-    student = train.load_student(config, accelerator)
-    samples, opened = data.load_samples(config.data), {}
-    held_out = data.load_samples(str(folder / "held_out/records.jsonl"))
-    # A scripted brain does not look at the frames that it is shown: two will do.
-    shown = replace(config, num_frames=2)
-    gate = (lambda patch, case: None) if arm == "leaking teacher" else reward.gate
-    evidence = {s.id: s.truth["evidence"] for s in samples + held_out}
-    teach, helped = (
-        teacher.load_teacher(shown, None, one, reward.answers, evidence)
-        for one in (gate, reward.gate)
-    )
+class Spent(Exception):
+    """The budget is used up."""
 
-    def open_questions(_, asked: list, spare=None) -> list:  # each video is decoded once a run
+
+class Run:
+    """One arm from the cold start to the end of its budget."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.folder = job, work() / ("cold-" + "-".join(f"{x:g}" for x in job.start))
+        changes = ARMS[job.arm][1] if not job.start.chain else CHAIN_ARMS[job.arm]
+        given = (
+            train.TINY
+            | {
+                "model": self.folder / "model",
+                "data": self.folder / "train/records.jsonl",
+                "seed": job.seed,
+                "out": work() / name_of(job).replace(" ", "-"),
+                "learning_rate": job.lr,
+                "questions_per_device": QUESTIONS,
+                "max_steps": 10**6,
+                "save_steps": 10**6,
+                "max_completion_length": 24 if job.start.chain else 16,
+                "lam": 0.0 if job.start.chain else train.TINY["lam"],
+            }
+            | changes
+        )
+        arguments = [x for key, value in given.items() for x in (f"--{key}", str(value))]
+        self.config = train.parse(arguments)
+        Path(self.config.out).mkdir(parents=True, exist_ok=True)
+        Path(self.config.out, "metrics.jsonl").unlink(missing_ok=True)
+        self.accelerator = train.Accelerator(cpu=True)
+        self.student = train.load_student(self.config, self.accelerator)
+        self.samples = data.load_samples(self.config.data)
+        held_out = data.load_samples(str(self.folder / "held_out/records.jsonl"))
+        # A scripted brain does not look at the frames that it is shown: two will do.
+        shown = replace(self.config, num_frames=2)
+        evidence = {s.id: s.truth["evidence"] for s in self.samples + held_out}
+        gate = (lambda patch, case: None) if job.arm == "leaking teacher" else reward.gate
+        self.teach, self.helped = (
+            teacher.load_teacher(shown, None, one, reward.answers, evidence)
+            for one in (gate, reward.gate)
+        )
+        self.opened = {}
+        self.questions = self.open_questions(None, held_out)
+        self.rng = random.Random(job.seed)
+        self.tokens = self.prompt_tokens = 0
+        self.curve, self.rates = [], []
+        self.met, self.moved = set(), set()  # questions trained on; those that ever had a signal
+
+    def open_questions(self, _, asked: list, spare=None) -> list:
+        """Each video is decoded once a run."""
         for sample in asked:
-            opened[sample.id] = opened.get(sample.id) or ffr.open_question(student, sample)
-        return [opened[sample.id] for sample in asked]
+            if sample.id not in self.opened:
+                self.opened[sample.id] = ffr.open_question(self.student, sample)
+        return [self.opened[sample.id] for sample in asked]
 
-    questions = open_questions(None, held_out)
-    tokens, prompt_tokens, curve, rates = 0, 0, [], []
+    def first_look(self) -> dict:
+        """What the cold start can do: its measures, the chance of a success and the share of groups
+        without one, with a patch and without, over 256 of the questions that it will train on."""
+        asked = self.open_questions(None, self.samples[:256])
+        right, groups, repaired, with_patch = [], [], [], []
+        for start in range(0, len(asked), 32):
+            part = asked[start : start + 32]
+            num, seed = self.config.num_rollouts, ("first look",)
+            for group in ONE_ROUND(self.student, part, num, self.helped, 0.0, 0.0, seed):
+                right += [r.unaided.score.correct for r in group]
+                groups.append(not any(r.unaided.score.correct for r in group))
+                repaired += [r.repaired.score.correct for r in group if r.repaired]
+                with_patch.append(not any(r.rollout.score.correct for r in group))
+        shares = {
+            "p0": right,
+            "groups_without_success": groups,
+            "fix": repaired,
+            "groups_without_success_with_patch": with_patch,
+        }
+        found = {name: round(statistics.mean(values), 4) for name, values in shares.items()}
+        return found | measure(self.student, self.questions, self.helped)
 
-    def stop_or_measure() -> None:
-        if tokens >= len(curve) * BUDGET / POINTS:
-            now = {"tokens": tokens, "step": len(rates)}
-            curve.append(now | measure(student, questions, None))
-        if tokens >= BUDGET:
+    def stop_or_measure(self) -> None:
+        if self.tokens >= len(self.curve) * BUDGET / POINTS:
+            now = {"tokens": self.tokens, "step": len(self.rates)}
+            self.curve.append(now | measure(self.student, self.questions, self.helped))
+        if self.tokens >= BUDGET:
             raise Spent
 
-    def one_round(student, asked, num_rollouts, ask, kappa, lam, seed) -> list:
-        nonlocal tokens, prompt_tokens
-        stop_or_measure()
+    def one_round(self, student, asked, num_rollouts, ask, kappa, lam, seed) -> list:
+        """The round as `train.train` calls it, as this arm has it."""
+        self.stop_or_measure()
+        arm = self.job.arm
 
         def told(cases: list) -> list:
-            return [change(arm, *pair, rng) for pair in zip(ask(cases), cases)]
+            if arm == "where all failed":
+                return only_where_all_failed(ask, cases, num_rollouts)
+            return [change(arm, *pair, self.rng) for pair in zip(ask(cases), cases)]
 
-        groups = ONE_ROUND(student, asked, num_rollouts, ask and told, kappa, lam, seed)
+        helped = told if ask and asks(arm, self.tokens / BUDGET) else None
+        groups = ONE_ROUND(student, asked, num_rollouts, helped, kappa, lam, seed)
         rollouts = [r for group in groups for r in group]
         sampled = [x for r in rollouts for x in (r.unaided, r.repaired) if x]
-        tokens += sum(len(x.completion.ids) for x in sampled)
-        prompt_tokens += sum(x.prompt["input_ids"].shape[1] for x in sampled)
+        self.tokens += sum(len(x.completion.ids) for x in sampled)
+        self.prompt_tokens += sum(x.prompt["input_ids"].shape[1] for x in sampled)
+        chosen = [[choose(arm, r) for r in group] for group in groups]
+        signals = [len({round(r.reward, 6) for r in group}) > 1 for group in chosen]
+        for question, signal in zip(asked, signals):
+            self.met.add(question.sample.id)
+            if signal:
+                self.moved.add(question.sample.id)
         fixed = [r.repaired.score.correct for r in rollouts if r.repaired]
-        rates.append((len(fixed) / len(rollouts), sum(fixed)))
-        return [[choose(arm, r) for r in group] for group in groups]
+        self.rates.append((len(fixed) / len(rollouts), sum(fixed), statistics.mean(signals)))
+        return chosen
 
-    def imitate() -> None:
+    def imitate(self) -> None:
         """As many of the teacher's own answers a step as the other arms have rollouts."""
-        nonlocal tokens, prompt_tokens
+        student, config = self.student, self.config
         parameters, decay = student.model.parameters(), config.weight_decay
-        optimizer = torch.optim.AdamW(parameters, lr, weight_decay=decay)
-        tokenizer, scheduler = student.processor.tokenizer, by_tokens(optimizer)
+        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=decay)
+        tokenizer, scheduler = student.processor.tokenizer, self.by_tokens(optimizer)
         config.questions_per_device *= config.num_rollouts
         while True:
-            stop_or_measure()
-            asked = open_questions(None, train.pick(samples, len(rates), config, accelerator))
-            truths = [q.sample.truth for q in asked]
-            said = [needle_rationale(t, t["cue"], t["look"]) for t in truths]
+            self.stop_or_measure()
+            picked = train.pick(self.samples, len(self.rates), config, self.accelerator)
+            asked = self.open_questions(None, picked)
+            said = [rationale_of(question.sample) for question in asked]
             ids = [torch.tensor(tokenizer.encode(text + tokenizer.eos_token)) for text in said]
             episodes = [grpo.Episode(k, k, own) for k, own in enumerate(ids)]
-            prompts = [q.prompt for q in asked]
+            prompts = [question.prompt for question in asked]
             logps, mask = grpo.batched_logps(student.model, prompts, episodes, student.sampling)
             (-(logps * mask).sum() / mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            tokens += int(mask.sum())
-            prompt_tokens += sum(q.prompt["input_ids"].shape[1] for q in asked)
-            rates.append((0.0, 0))
+            self.tokens += int(mask.sum())
+            self.prompt_tokens += sum(prompt["input_ids"].shape[1] for prompt in prompts)
+            self.rates.append((0.0, 0, 1.0))
             scheduler.step()
 
-    def by_tokens(optimizer, *_):
+    def by_tokens(self, optimizer, *_):
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(tokens / BUDGET, 1))
+            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(self.tokens / BUDGET, 1))
         )
 
-    ffr.find_fix_reason, train.open_questions = one_round, open_questions
-    train.transformers.get_cosine_schedule_with_warmup = by_tokens
-    try:
-        if arm == "imitation":
-            imitate()
-        train.train(
-            config,
-            accelerator,
-            student,
-            samples,
-            teach if config.method == "ffr" else None,
-            questions[0],
-        )
-    except Spent:
-        final = measure(student, questions, helped)
-    third = max(len(rates) // 3, 1)
-    repairs = sum(row[0] for row in rates) * QUESTIONS * config.num_rollouts
-    return final | {
-        "intervention_first": round(statistics.mean(row[0] for row in rates[:third]), 4),
-        "intervention_last": round(statistics.mean(row[0] for row in rates[-third:]), 4),
-        "fix": round(sum(row[1] for row in rates) / max(repairs, 1), 4),
-        "tokens": tokens,
-        "prompt_tokens": prompt_tokens,
-        "steps": len(rates),
-        "curve": curve,
-        "seconds": round(time.time() - began),
+    def learn(self) -> dict:
+        """Train until the budget is spent; what is recorded of it."""
+        began = time.time()
+        ffr.find_fix_reason, train.open_questions = self.one_round, self.open_questions
+        train.transformers.get_cosine_schedule_with_warmup = self.by_tokens
+        try:
+            if self.job.arm == "imitation":
+                self.imitate()
+            teach = self.teach if self.config.method == "ffr" else None
+            spare = self.questions[0]
+            train.train(self.config, self.accelerator, self.student, self.samples, teach, spare)
+        except Spent:
+            pass
+        third = max(len(self.rates) // 3, 1)
+        repairs = sum(row[0] for row in self.rates) * QUESTIONS * self.config.num_rollouts
+        found = {
+            "intervention_first": statistics.mean(row[0] for row in self.rates[:third]),
+            "intervention_last": statistics.mean(row[0] for row in self.rates[-third:]),
+            "fix": sum(row[1] for row in self.rates) / max(repairs, 1),
+            "signal": statistics.mean(row[2] for row in self.rates),
+            "never_a_signal": 1 - len(self.moved) / max(len(self.met), 1),
+        }
+        found = {name: round(value, 4) for name, value in found.items()}
+        found |= {
+            key: self.curve[-1][key] for key in self.curve[-1] if key not in ("tokens", "step")
+        }
+        return found | {
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "steps": len(self.rates),
+            "curve": self.curve,
+            "seconds": round(time.time() - began),
+        }
+
+
+# --- the record ---
+CODE = "ffr.py teacher.py reward.py grpo.py data.py train.py".split()
+CODE += ["tests/cold_start.py", "tests/bench_learning.py"]
+
+
+def commit() -> str:
+    """The last commit of the files that a row depends on, with a + where they were changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", *CODE)
+    return git("log", "-1", "--format=%H", "--", *CODE) + "+" * bool(changed)
+
+
+def run_all(jobs: list[Job], quick: bool, minutes: float, keep) -> None:
+    """Two at a time, each in a process of its own; `keep(job, row)` as they come."""
+    began = time.time()
+    for start in sorted({job.start for job in jobs}):
+        cold_folder(start)
+
+    def run(job: Job) -> None:
+        if time.time() - began > 60 * minutes:
+            return
+        name = name_of(job)
+        command = [sys.executable, __file__, "--job", json.dumps(job), *["--quick"] * quick]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        log = work() / "rows" / f"{name}.log"
+        with open(log, "w") as opened:
+            done = subprocess.run(command, stdout=opened, stderr=opened, env=environment)
+        if done.returncode:
+            print(f"{name}: failed, see {log}", flush=True)
+            return
+        row = json.loads((work() / "rows" / f"{name}.json").read_text())
+        words = "{unaided:.3f} unaided, {assisted:.3f} with a patch, {seconds} s".format(**row)
+        print(f"{name}: {words}", flush=True)
+        keep(job, row)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, jobs))
+
+
+def read_record(look: str) -> tuple[Path, dict]:
+    """The record of a look, as far as it has come; refused where its settings are others."""
+    folder = ROOT / "assets" if BUDGET > 10**5 else work()
+    file = folder / {"needle": "learning.json", "chain": "chain.json"}[look]
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    settings = {
+        "budget": BUDGET,
+        "videos": VIDEOS,
+        "questions": QUESTIONS,
+        "machine": "one thread a run, two runs at a time on two cores",
     }
-
-
-# --- the report ---
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % t-interval."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), math.nan)
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.mean(values), t * spread / len(values) ** 0.5
-
-
-def report(record: dict) -> None:
-    """`arms` from the rows, the table and the figure."""
-    keys = (
-        "unaided assisted faithful cue relation reading intervention_first intervention_last "
-        "fix tokens prompt_tokens steps seconds"
-    ).split()
-    columns = (
-        "arm | seeds | right unaided | of those cite the moment | right assisted | "
-        "interventions, first → last third | fix | steps | prompt tokens, M"
-    )
-    lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
-    record["arms"] = {}
-    for arm in ARMS:
-        rows = [record["rows"][n] for n in rows_of("arms", arm) if n in record["rows"]]
-        if not rows:
-            continue
-        found = record["arms"][arm] = {key: [row[key] for row in rows] for key in keys}
-        mean = {key: statistics.mean(values) for key, values in found.items()}
-        mean["middle"], mean["half"] = interval(found["unaided"])
-        mean["cites"] = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
-        lines.append(
-            f"| {arm} | {len(rows)} | "
-            + (
-                "{middle:.3f} ± {half:.3f} | {cites:.3f} | {assisted:.3f} | {intervention_first:.3f} → "
-                "{intervention_last:.3f} | {fix:.3f} | {steps:.0f} | {millions:.2f} |"
-            ).format(**mean, millions=mean["prompt_tokens"] / 1e6)
-        )
-    assets = ROOT / "assets" if BUDGET > 10**5 else work()
-    (assets / "learning.json").write_text(json.dumps(record, indent=0) + "\n")
-    (assets / "learning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-    try:
-        draw(record, assets / "learning.png")
-    except ImportError:
-        print("no matplotlib: no figure")
-
-
-def draw(record: dict, file: Path) -> None:
-    """What the main arms learn over their budget, with 95 % bands, and the dial."""
-    from matplotlib import pyplot
-
-    figure, ((first, second, dial), skill) = pyplot.subplots(2, 3, figsize=(13, 8))
-    panels = dict(
-        zip(
-            (first, second, *skill),
-            (
-                ("unaided", "right"),
-                ("faithful", "right, and the right moment is cited"),
-                ("cue", "cue: the flash is found"),
-                ("relation", "relation: from there to the moment"),
-                ("reading", "reading: the colours at the moment cited"),
-            ),
-        )
-    )
-    looks = {
-        "FFR": ("black", "-", "o"),
-        "GRPO": ("0.3", "--", "s"),
-        "reward only": ("0.5", ":", "^"),
-        "random patch": ("0.65", "-.", "v"),
-    }
-    for arm in [arm for arm in looks if arm in record["arms"]]:
-        rows = [record["rows"][n] for n in rows_of("arms", arm) if n in record["rows"]]
-        points = list(zip(*(row["curve"] for row in rows)))  # at the same share of the budget
-        colour, line, mark = looks[arm]
-        for axis, (key, title) in panels.items():
-            x = [statistics.mean(p["tokens"] for p in point) / 1000 for point in points]
-            y = [interval([p[key] for p in point]) for point in points]
-            axis.plot(
-                x,
-                [m for m, _ in y],
-                line,
-                color=colour,
-                marker=mark,
-                markersize=4,
-                label=f"{arm}, {len(rows)} seeds",
-            )
-            axis.fill_between(
-                x,
-                [m - h for m, h in y],
-                [m + h for m, h in y],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-            axis.set(
-                title=title,
-                ylim=(0, 1.02),
-                xlabel="tokens sampled by the student, thousands",
-                ylabel=f"share of {VIDEOS['held_out'][0]} held-out videos",
-            )
-    first.legend(frameon=False, handlelength=4, loc="upper left")
-    (finds, reads), shown = DIAL, {}
-    for place in product(range(len(finds)), range(len(reads))):
-        cold = finds[place[0]], reads[place[1]]
-        pair = [
-            record["rows"].get(name_of(("dial", arm, DIAL_SEED, cold, LR[arm])))
-            for arm in ("FFR", "GRPO")
-        ]
-        shown[place] = None if None in pair else pair[0]["unaided"] - pair[1]["unaided"]
-    dial.imshow(
-        [[shown[i, j] or 0.0 for j in range(len(reads))] for i in range(len(finds))],
-        cmap="Greys",
-        vmin=-1,
-        vmax=1.5,
-    )
-    for (i, j), gain in shown.items():
-        dial.text(j, i, "not run" if gain is None else f"{gain:+.2f}", ha="center", va="center")
-    dial.set(
-        title="FFR − GRPO, right unaided, one seed",
-        xticks=range(len(reads)),
-        xticklabels=reads,
-        yticks=range(len(finds)),
-        yticklabels=finds,
-        xlabel="p_read: relation known beyond chance",
-        ylabel="p_find: cue known beyond chance",
-    )
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    if look == "chain":
+        settings["cells"] = {cell: start._asdict() for cell, start in CELLS.items()}
+    else:
+        settings["cold"] = (COLD.find, COLD.relate)
+    settings = json.loads(json.dumps(settings))
+    if record.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{file} holds rows of other settings: remove it to begin again")
+    record.setdefault("rows", {})
+    return file, record
 
 
 def main() -> None:
     global BUDGET, VIDEOS, POINTS
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--look", choices=("chain", "needle"), default="chain")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--phase", choices=("grid", "arms", "dial"))
-    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--phase")
+    parser.add_argument("--arm", help="with --try several, by commas")
+    parser.add_argument("--cell", choices=CELLS, default="common")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # one run in this process, to a file
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many")
-    given, began = parser.parse_args(), time.time()
+    parser.add_argument("--try", dest="dials", help="find=0.1,relate=0.2: another cold start")
+    parser.add_argument("--rate", default="3e-4", help="with --try; several by commas")
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # one run in this process, to a file
+    given = parser.parse_args()
     if given.quick:
-        BUDGET, POINTS = 12_000, 2
-        VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (64, 3)}
-    file = (ROOT / "assets" if not given.quick else work()) / "learning.json"
-    record = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
-    settings = {
-        "budget": BUDGET,
-        "videos": VIDEOS,
-        "cold": COLD,
-        "questions": QUESTIONS,
-        "machine": "one thread a run, two runs at a time on two cores",
-    }
-    settings = json.loads(json.dumps(settings))
-    if record.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{file} holds rows of other settings: remove it to begin again")
-    every = {name_of(job): job for phase in ("grid", "arms", "dial") for job in jobs(phase)}
-    if given.quick:
-        every = {n: j for n, j in every.items() if j[0] == "arms" and j[2] == 0}
+        BUDGET, POINTS = 6_000, 2
+        VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (32, 3)}
     (work() / "rows").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if given.job:
-        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True)
-        row = learn(every[given.job]) | {"commit": head.stdout.decode().strip()}
-        (work() / "rows" / f"{given.job}.json").write_text(json.dumps(row))
+        phase, arm, seed, start, lr = json.loads(given.job)
+        job = Job(phase, arm, seed, Start(*start), lr)
+        row = Run(job).learn() | {"commit": commit()}
+        (work() / "rows" / f"{name_of(job)}.json").write_text(json.dumps(row))
         return
-    record["rows"] |= {
-        n: json.loads(f.read_text())
-        for n in every
-        if n not in record["rows"]
-        for f in [work() / "rows" / f"{n}.json"]
-        if f.is_file() and not given.arm
-    }
-    todo = [n for n, j in every.items() if n not in record["rows"] and given.phase in (None, j[0])]
-    if given.arm:
-        (todo,) = [[n] for n, j in every.items() if j[:3] == ("arms", given.arm, given.seed)]
-    for cold in sorted({every[n][3] for n in todo}):
-        if not given.report:
-            cold_folder(cold)
 
-    def run(name: str) -> None:
-        if time.time() - began > 60 * given.minutes:
-            return
-        command = [sys.executable, __file__, "--job", name, *["--quick"] * given.quick]
-        log = work() / "rows" / f"{name}.log"
-        with open(log, "w") as opened:
-            done = subprocess.run(
-                command,
-                stdout=opened,
-                stderr=opened,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            )
-        if done.returncode:
-            print(f"{name}: failed, see {log}")
-            return
-        row = json.loads((work() / "rows" / f"{name}.json").read_text())
-        print(f"{name}: unaided {row['unaided']:.3f}, {row['seconds']} s", flush=True)
+    if given.dials:  # the search: every row is kept, whatever it is
+        dials = dict(dial.split("=") for dial in given.dials.split(","))
+        start = Start(chain=True)._replace(**{k: float(v) for k, v in dials.items()})
+        tries = product(map(float, given.rate.split(",")), given.arm.split(","))
+        jobs = [Job("search", arm, given.seed, start, rate) for rate, arm in tries]
+
+        def note(job: Job, row: dict) -> None:
+            cold = json.loads((cold_folder(start) / "start.json").read_text())
+            row = job._asdict() | {"start": start._asdict(), "cold": cold} | row
+            with open(ROOT / "assets" / "learning-search.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+        run_all(jobs, given.quick, given.minutes, note)
+        return
+
+    for look in ("chain", "needle") if given.quick and not given.arm else (given.look,):
+        file, record = read_record(look)
+        jobs = {"chain": chain_jobs, "needle": needle_jobs}[look]()
+        if given.quick:
+            jobs = [job for job in jobs if job.phase in ("cells", "arms") and job.seed == 0]
         if given.arm:
-            before = record["rows"].get(name, {})
-            differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]
-            commits = f"({before.get('commit')}) from this one ({row['commit']})"
-            print(
-                f"the recorded row {commits} differs in {differ}"
-                if differ
-                else "equal to the record"
-            )
+            kind = given.arm, given.seed
+            jobs = [job for job in jobs if job[1:3] == kind and job.phase in ("cells", "arms")]
+            if look == "chain":
+                jobs = [job for job in jobs if job.start == CELLS[given.cell]]
         else:
-            record["rows"][name] = row
+            jobs = [job for job in jobs if name_of(job) not in record["rows"]]
+            jobs = [job for job in jobs if given.phase in (None, job.phase)]
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [] if given.report else todo))
-    if not given.arm:
-        record["learning_rates"] = LR
-        record["commit"] = sorted({row["commit"] for row in record["rows"].values()})
-        report(record)
+        def keep(job: Job, row: dict) -> None:
+            name = name_of(job)
+            if given.arm:
+                compare(name, record["rows"].get(name, {}), row)
+                return
+            record["rows"][name] = row
+            record["commit"] = sorted({row["commit"] for row in record["rows"].values()})
+            if look == "chain":
+                starts = {cell: cold_folder(start) / "start.json" for cell, start in CELLS.items()}
+                record["starts"] = {c: json.loads(f.read_text()) for c, f in starts.items()}
+            file.with_suffix(".part").write_text(json.dumps(record, indent=0) + "\n")
+            file.with_suffix(".part").replace(file)
+
+        run_all(jobs, given.quick, given.minutes, keep)
+
+
+def compare(name: str, before: dict, row: dict) -> None:
+    differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]
+    commits = f"({before.get('commit')}) from this one ({row['commit']})"
+    told = f"the recorded row {commits} differs in {differ}" if differ else "equal to the record"
+    print(f"{name}: {told}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What tiny mode starts from, `assets/tiny`: a Qwen3-VL of 0.5 M parameters after a supervised cold
 start that is mediocre on purpose. `python tests/cold_start.py` makes it again."""
 
+import json
 import random
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +37,18 @@ CHAT_TEMPLATE = (
     "<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+class Start(NamedTuple):
+    """How much a cold start knows. The two families differ in what the answers do where they do not
+    know: a needle's guess, which is right now and then; a chain's have a habit, which never is."""
+
+    chain: bool = False
+    find: float = 0.0  # share of unaided answers that know the flash
+    relate: float = 0.1  # share of answers that know the way from there to the moment asked for
+    named: float = 1.0  # share of captions that name the flash
+    captions: float = 0.62  # share of the steps that teach to read, not to answer
+    steps: int = 1000
 
 
 def tiny_policy(folder: str, texts: list[str], seed: int) -> None:
@@ -115,6 +129,31 @@ def needle_caption(truth: dict, order: list[int]) -> str:
     return f"<think> flash {data.moment_time(truth['cue'])} {' '.join(seen)} </think>"
 
 
+def chain_videos(folder: str, n: int, seed: int) -> str:
+    """Needle videos that ask for two moments: the flash, and the one before or after. Four colours
+    must be right, so that nobody guesses them. Returns the records' path."""
+    file = Path(data.needle_videos(folder, n, seed, relations=(-1, 1)))
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        where = record["problem"].removeprefix("ring and core colour ").removesuffix(" the flash ?")
+        colours = " ".join(sum((record["moments"][record[key]] for key in ("cue", "look")), []))
+        record["problem"] = f"ring and core colour of the flash and {where} ?"
+        record["solution"] = f"<answer>{colours}</answer>"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def chain_rationale(truth: dict, cue: int, look: int) -> str:
+    """The response that cites moments `cue` and `look` and reads the colours of both."""
+    return chain_caption(truth | {"cue": cue}, [cue, look])
+
+
+def chain_caption(truth: dict, order: list[int]) -> str:
+    """All that is to be seen at the moments in `order`, and the colours of the first two again."""
+    colours = [colour for moment in order[:2] for colour in truth["moments"][moment]]
+    return f"{needle_caption(truth, order)} <answer> {' '.join(colours)} </answer>"
+
+
 def needle_texts(samples: list[data.Sample]) -> list[str]:
     """Every word that a student of needle videos must know: questions, rationales, patches."""
     seconds = [
@@ -134,12 +173,13 @@ def needle_texts(samples: list[data.Sample]) -> list[str]:
     ]
 
 
-def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=0) -> None:
+def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
     """A student in FOLDER/model and the videos that it learns from in FOLDER/cold: captions teach to
     read a moment that is cited, answers to follow a patch; which flash they cite unaided is left to
-    reward. `find`, `read`: how often the cue and the relation are right beyond chance."""
+    reward."""
     for name, (count, its_seed) in videos.items():
-        data.needle_videos(f"{folder}/{name}", count, its_seed)
+        write = chain_videos if start.chain else data.needle_videos
+        write(f"{folder}/{name}", count, its_seed)
     samples = data.load_samples(f"{folder}/cold/records.jsonl")
     tiny_policy(f"{folder}/model", needle_texts(samples), seed)
     c = replace(train.parse(["--out", folder]), model=f"{folder}/model")
@@ -147,14 +187,23 @@ def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=
     student = train.load_student(c, accelerator)
     teach = train.load_teacher(c, samples, None)
     rng, tokenizer = random.Random(seed), student.processor.tokenizer
+    rationale, describe = needle_rationale, needle_caption
+    if start.chain:
+        rationale, describe = chain_rationale, chain_caption
 
     def caption(truth: dict, shown: list[int]) -> str:
-        return needle_caption(truth, rng.sample(shown, len(shown)))
+        told = describe(truth, rng.sample(shown, len(shown)))
+        if start.named < 1 and rng.random() >= start.named:
+            told = re.sub("flash <.*?> ", "", told)
+        return told
 
     def answer(truth: dict, cue_known: float, gap_known: float) -> str:
-        cue = truth["cue"] if rng.random() < cue_known else rng.choice(range(1, data.MOMENTS - 1))
-        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice((-1, 0, 1))
-        return needle_rationale(truth, cue, cue + gap)
+        moments, gaps = range(1, data.MOMENTS - 1), (-1, 0, 1)
+        if start.chain:
+            moments, gaps = (0,), (0,)  # the habit: look at the beginning, and stay there
+        cue = truth["cue"] if rng.random() < cue_known else rng.choice(moments)
+        gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice(gaps)
+        return rationale(truth, cue, max(cue + gap, 0))
 
     lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
     for i, sample in enumerate(tqdm(samples, desc="lessons")):
@@ -166,18 +215,23 @@ def cold_start(folder: str, videos=VIDEOS, find=0.0, read=0.1, steps=1000, seed=
             view = [frame for m in shown for frame in data.moment_frames(m)]
             part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
             lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
-        error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
-        (patch,) = teach([ffr.case_of(x, needle_rationale(truth, *error))])
-        known = 1.0 if error[0] == cue else read  # told to count, it does
+        if start.chain:
+            error = [(0, 0), (0, 0), (cue, cue), (cue, look)][i % 4]
+            told_where = error == (cue, look)
+        else:
+            error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]
+            told_where = error[0] == cue  # told to count, it does
+        (patch,) = teach([ffr.case_of(x, rationale(truth, *error))])
+        known = 1.0 if told_where else start.relate
         lessons[0] += [
-            (x.prompt, partial(answer, truth, find, read)),
+            (x.prompt, partial(answer, truth, start.find, start.relate)),
             (ffr.encode(student, x, patch), partial(answer, truth, 1.0, known)),
         ]
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=1.5e-3, betas=(0.9, 0.99))
-    for step in (bar := tqdm(range(steps), desc="cold start")):
-        part = step / steps
+    for step in (bar := tqdm(range(start.steps), desc="cold start")):
+        part = step / start.steps
         moments = 2 if part < 0.2 else 4 if part < 0.36 else data.MOMENTS
-        moments = moments if part < 0.62 or rng.random() < 0.2 else 0
+        moments = moments if part < start.captions or rng.random() < 0.2 else 0
         prompts, writers = zip(*rng.sample(lessons[moments], 16))
         texts = [tokenizer.encode(write() + tokenizer.eos_token) for write in writers]
         ids = [torch.tensor(text, device=accelerator.device) for text in texts]
