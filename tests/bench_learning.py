@@ -1,26 +1,27 @@
 """What does context repair teach, what does plain GRPO, and what do the paper's choices buy?
 
-Every run goes through `train.train` from the same cold start until it has *sampled* BUDGET tokens,
-failed and repaired answers alike, and is then asked about videos it has not seen, greedily. The
-learning rate falls by a cosine of the tokens spent. One thread a run, two runs at a time.
+Every run goes through `train.train` from the same cold start until it has *sampled* its budget of
+tokens, failed and repaired answers alike, and is then asked about videos it has not seen, greedily.
+The learning rate falls by a cosine of the tokens spent. One thread a run, two runs at a time.
 
-There are two looks, each with a task family of its own (tests/cold_start.py):
+There are two looks, each with a task family of its own (`Start`, in tests/cold_start.py):
 
     needle   the colours at one moment. Where the student does not know, it guesses, and is right
              now and then. Record: assets/learning.json
     chain    the colours at the flash and at the moment before or after. Where the student does not
-             know, it has a habit, and is never right. `Start` holds the dials of rarity: two cells,
-             "common" and "rare". Record: assets/chain.json
+             know, it has a habit, and is never right. `CELLS` are three cold starts, from common
+             success to none. Record: assets/chain.json
 
-`python tests/bench_learning.py` runs what the record of the chain does not hold yet, and goes on
-where it was stopped. `python tests/report_learning.py` draws its figures and tables.
+`python tests/bench_learning.py` runs what the record of the chain does not hold yet, so it goes on
+where it was stopped. `python tests/report_learning.py` draws figures and tables.
 
     --look needle         the first look instead
     --quick               every arm of both in small, one seed each, under runs/learning/quick
     --phase rates         only runs of this phase
-    --arm FFR --seed 0    run one again (`--cell rare`), and compare it with the recorded row
+    --arm FFR --cell rare --seed 0
+                          run one again, and compare it with the recorded row
     --try find=0.1,relate=0.2 --rate 3e-4 --arm FFR --seed 900
-                          one run from another cold start: a row of assets/learning-search.jsonl
+                          another cold start: a row of assets/learning-search.jsonl
     --minutes 60          start no further run after an hour
 """
 
@@ -57,7 +58,7 @@ import train  # noqa: E402
 from teacher import TeacherError  # noqa: E402
 
 # --- what is run: fixed before the seeds ran ---
-BUDGET = 600_000  # tokens that the student samples
+BUDGETS = {"needle": 300_000, "chain": 600_000}  # tokens that the student samples
 VIDEOS = {"cold": (384, 1), "train": (1024, 2), "held_out": (512, 3)}  # number, seed
 QUESTIONS, POINTS = 4, 8  # questions a step; evaluations on the way
 MAIN, MORE = (0, 1, 2, 3, 4), (0, 1, 2)  # seeds
@@ -90,13 +91,18 @@ ARMS = {  # seeds, and what differs from FFR
 }
 
 # The second look.
-CELLS = {
-    "common": Start(chain=True, find=0.6, relate=0.6),
-    "rare": Start(chain=True, find=0.02, relate=0.1),
+CHAIN = Start(chain=True, captions=0.7, steps=1600)
+CELLS = {  # how often an answer of the cold start's lessons finds the flash, and goes on from there
+    "common": CHAIN._replace(find=0.6, relate=0.6),
+    "rare": CHAIN._replace(find=0.02, relate=0.3),
+    "never": CHAIN._replace(find=0.0, relate=0.3),
 }
-CHAIN_RATES = (1.5e-4, 3e-4, 6e-4)
-RATES_SEEDS = (200,)
-CHAIN_LR = {}  # cell, arm: the best of these
+RATES = (1.5e-4, 3e-4, 6e-4)
+RATES_SEEDS = (200, 201)
+TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate
+# The patch shows the flash alone: with the term for alignment (λ) whoever cites the other moment
+# too would get less, so the printed equation is used.
+PRINTED = {"lam": 0.0, "max_completion_length": 24}
 CHAIN_ARMS = {  # what differs from FFR
     "GRPO": {"method": "grpo"},
     "FFR": {},
@@ -106,10 +112,8 @@ CHAIN_ARMS = {  # what differs from FFR
     "FFR, then GRPO": {},
     "reward only": {},
     "imitation": {},
-    "GRPO, beta": {"method": "grpo", "beta": 0.04},
-    "FFR, beta": {"beta": 0.04},
 }
-TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate, "GRPO, beta" GRPO's
+QUICK = False
 
 
 class Job(NamedTuple):
@@ -118,6 +122,10 @@ class Job(NamedTuple):
     seed: int
     start: Start
     lr: float
+
+    @property
+    def look(self) -> str:
+        return "chain" if self.start.chain else "needle"
 
 
 def needle_jobs() -> list[Job]:
@@ -133,42 +141,54 @@ def needle_jobs() -> list[Job]:
     return grid + arms + dial
 
 
-def chain_jobs() -> list[Job]:
-    """The second look's: learning rates, then the arms in both cells."""
-    rates = [
-        Job("rates", arm, seed, start, lr)
-        for seed, start, lr, arm in product(RATES_SEEDS, CELLS.values(), CHAIN_RATES, TUNED)
-    ]
-    cells = []
-    for seed, (cell, start), arm in product(MAIN, CELLS.items(), CHAIN_ARMS):
-        tuned = arm.removesuffix(", beta")
-        lr = CHAIN_LR.get((cell, tuned), CHAIN_LR.get((cell, "FFR"), CHAIN_RATES[1]))
-        cells.append(Job("cells", arm, seed, start, lr))
+def chain_jobs(rows: dict) -> list[Job]:
+    """The second look's: learning rates in every cell, and, when these are in `rows`, all arms."""
+    rates, cells = [], []
+    for seed, start, lr, arm in product(RATES_SEEDS, CELLS.values(), RATES, TUNED):
+        rates.append(Job("rates", arm, seed, start, lr))
+    if any(name_of(job) not in rows for job in rates):
+        return rates
+    for seed, start, arm in product(MAIN, CELLS.values(), CHAIN_ARMS):
+        rate = best_rate(rows, rates, start, arm if arm in TUNED else "FFR")
+        cells.append(Job("cells", arm, seed, start, rate))
     return rates + cells
 
 
+def best_rate(rows: dict, tried: list[Job], start: Start, arm: str) -> float:
+    """The rate with which an arm is right most often: unaided, plus with a patch where it fails, so
+    that it is told apart where nobody is right unaided."""
+    found = dict.fromkeys(RATES, 0.0)
+    for job in tried:
+        if (job.start, job.arm) == (start, arm):
+            row = rows[name_of(job)]
+            found[job.lr] += row["unaided"] + row["assisted"]
+    return max(found, key=found.get)
+
+
 def name_of(job: Job) -> str:
+    """As the rows of a record are named: a chain's with all of its dials."""
     dials = f"find {job.start.find} relate {job.start.relate}"
-    for dial in ("named", "captions", "steps"):
-        if getattr(job.start, dial) != Start._field_defaults[dial]:
-            dials += f" {dial} {getattr(job.start, dial)}"
-    family = "chain " * job.start.chain
-    return f"{family}{job.phase} {job.arm} {dials} lr {job.lr:g} seed {job.seed}"
+    if job.start.chain:
+        dials += " edges" * job.start.edges
+        dials += f" named {job.start.named} captions {job.start.captions} steps {job.start.steps}"
+    return f"{job.phase} {job.arm} {dials} lr {job.lr:g} seed {job.seed}"
 
 
 def work() -> Path:
-    return ROOT / "runs" / "learning" / ("quick" if BUDGET < 10**5 else "")
+    return ROOT / "runs" / "learning" / ("quick" if QUICK else "")
 
 
-def cold_folder(start: Start) -> Path:
-    """Videos and a cold start of this strength, made once, and what it can do: start.json."""
-    folder = work() / ("cold-" + "-".join(f"{dial:g}" for dial in start))
+def folder_of(start: Start) -> Path:
+    return work() / ("cold-" + "-".join(f"{dial:g}" for dial in start))
+
+
+def make_cold_start(start: Start) -> None:
+    """Videos and a cold start of this strength, made once, and what it can do, in start.json."""
+    folder = folder_of(start)
     if not (folder / "start.json").is_file():
-        cold_start(str(folder), VIDEOS, start if BUDGET > 10**5 else start._replace(steps=200))
-        run = Run(Job("cold", "FFR", 0, start, 0.0))
-        found = run.first_look()
+        cold_start(str(folder), VIDEOS, start._replace(steps=200) if QUICK else start)
+        found = Run(Job("cold", "FFR", 0, start, 0.0)).first_look()
         (folder / "start.json").write_text(json.dumps(found))
-    return folder
 
 
 # --- what is measured ---
@@ -208,7 +228,7 @@ def rationale_of(sample: data.Sample) -> str:
 
 
 @torch.no_grad()
-def probabilities(student: ffr.Student, questions: list, prompts: list[dict]) -> dict:
+def probabilities(student: ffr.Student, questions: list) -> dict:
     """Each skill by itself: the mean probability of the right step where all steps before it are
     right. `find`: the flash's time; `relate`: the time of the moment asked for; `read`: all colours
     in the rationale. Their product is about the chance of an unaided success."""
@@ -219,8 +239,8 @@ def probabilities(student: ffr.Student, questions: list, prompts: list[dict]) ->
             ids = student.processor.tokenizer.encode(rationale_of(question.sample))
             words.append(student.processor.tokenizer.convert_ids_to_tokens(ids))
             episodes.append(grpo.Episode(number, number, torch.tensor(ids)))
-        asked = prompts[start : start + 64]
-        logps, _ = grpo.batched_logps(student.model, asked, episodes, student.sampling)
+        prompts = [question.prompt for question in part]
+        logps, _ = grpo.batched_logps(student.model, prompts, episodes, student.sampling)
         for told, own in zip(words, logps):
             looks = [place for place, word in enumerate(told) if word == "look"]
             thought = told[: told.index("</think>")]
@@ -234,7 +254,7 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
     """Of the held-out questions, greedily: shares right without and with a patch; `faithful`: right,
     and the right moments are cited; the skills; and the reliance of sampled repairs."""
     greedy = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    rows, reliance, repaired = [], [], []
+    rows, reliance = [], []
     for start in range(0, len(questions), 64):
         part = questions[start : start + 64]
         for q, (r,) in zip(part, ONE_ROUND(greedy, part, 1, teach, 0.0, 0.0, ("evaluation",))):
@@ -242,19 +262,13 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
             right = {"unaided": r.unaided.score.correct, "assisted": r.rollout.score.correct}
             told = skills(q.sample, r.rollout.text)["cites"] and right["assisted"]
             rows.append(row | right | {"faithful": right["unaided"] and row["cites"], "told": told})
-            if r.repaired:
-                repaired.append(r)
     groups = ONE_ROUND(student, questions[:64], 1, teach, 0.0, 0.0, ("reliance",))
     with_repair = [group for group in groups if group[0].repaired]
     if with_repair:
         ffr.measure_reliance(student, with_repair)
         reliance = [group[0].reliance for group in with_repair]
     found = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    found |= probabilities(student, questions, [question.prompt for question in questions])
-    if repaired:
-        asked, prompts = [r.question for r in repaired], [r.repaired.prompt for r in repaired]
-        patched = probabilities(student, asked, prompts)
-        found |= {f"{skill} patched": value for skill, value in patched.items()}
+    found |= probabilities(student, questions)
     found |= {"reliance": statistics.mean(reliance) if reliance else 0.0}
     return {key: round(value, 4) for key, value in found.items()}
 
@@ -332,8 +346,8 @@ class Run:
     """One arm from the cold start to the end of its budget."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.folder = job, work() / ("cold-" + "-".join(f"{x:g}" for x in job.start))
-        changes = ARMS[job.arm][1] if not job.start.chain else CHAIN_ARMS[job.arm]
+        self.job, self.folder, self.budget = job, folder_of(job.start), BUDGETS[job.look]
+        changes = PRINTED | CHAIN_ARMS[job.arm] if job.start.chain else ARMS[job.arm][1]
         given = (
             train.TINY
             | {
@@ -345,8 +359,6 @@ class Run:
                 "questions_per_device": QUESTIONS,
                 "max_steps": 10**6,
                 "save_steps": 10**6,
-                "max_completion_length": 24 if job.start.chain else 16,
-                "lam": 0.0 if job.start.chain else train.TINY["lam"],
             }
             | changes
         )
@@ -403,10 +415,10 @@ class Run:
         return found | measure(self.student, self.questions, self.helped)
 
     def stop_or_measure(self) -> None:
-        if self.tokens >= len(self.curve) * BUDGET / POINTS:
+        if self.tokens >= len(self.curve) * self.budget / POINTS:
             now = {"tokens": self.tokens, "step": len(self.rates)}
             self.curve.append(now | measure(self.student, self.questions, self.helped))
-        if self.tokens >= BUDGET:
+        if self.tokens >= self.budget:
             raise Spent
 
     def one_round(self, student, asked, num_rollouts, ask, kappa, lam, seed) -> list:
@@ -419,7 +431,7 @@ class Run:
                 return only_where_all_failed(ask, cases, num_rollouts)
             return [change(arm, *pair, self.rng) for pair in zip(ask(cases), cases)]
 
-        helped = told if ask and asks(arm, self.tokens / BUDGET) else None
+        helped = told if ask and asks(arm, self.tokens / self.budget) else None
         groups = ONE_ROUND(student, asked, num_rollouts, helped, kappa, lam, seed)
         rollouts = [r for group in groups for r in group]
         sampled = [x for r in rollouts for x in (r.unaided, r.repaired) if x]
@@ -462,7 +474,7 @@ class Run:
 
     def by_tokens(self, optimizer, *_):
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(self.tokens / BUDGET, 1))
+            optimizer, lambda _: 0.5 + 0.5 * math.cos(math.pi * min(self.tokens / self.budget, 1))
         )
 
     def learn(self) -> dict:
@@ -516,17 +528,17 @@ def commit() -> str:
     return git("log", "-1", "--format=%H", "--", *CODE) + "+" * bool(changed)
 
 
-def run_all(jobs: list[Job], quick: bool, minutes: float, keep) -> None:
+def run_all(jobs: list[Job], minutes: float, keep) -> None:
     """Two at a time, each in a process of its own; `keep(job, row)` as they come."""
     began = time.time()
     for start in sorted({job.start for job in jobs}):
-        cold_folder(start)
+        make_cold_start(start)
 
     def run(job: Job) -> None:
         if time.time() - began > 60 * minutes:
             return
         name = name_of(job)
-        command = [sys.executable, __file__, "--job", json.dumps(job), *["--quick"] * quick]
+        command = [sys.executable, __file__, "--job", json.dumps(job), *["--quick"] * QUICK]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         log = work() / "rows" / f"{name}.log"
         with open(log, "w") as opened:
@@ -543,13 +555,19 @@ def run_all(jobs: list[Job], quick: bool, minutes: float, keep) -> None:
         list(pool.map(run, jobs))
 
 
+def run_here(job: Job) -> None:
+    told = job._asdict() | {"start": job.start._asdict(), "commit": commit()}
+    row = told | Run(job).learn()
+    (work() / "rows" / f"{name_of(job)}.json").write_text(json.dumps(row))
+
+
 def read_record(look: str) -> tuple[Path, dict]:
     """The record of a look, as far as it has come; refused where its settings are others."""
-    folder = ROOT / "assets" if BUDGET > 10**5 else work()
+    folder = work() if QUICK else ROOT / "assets"
     file = folder / {"needle": "learning.json", "chain": "chain.json"}[look]
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     settings = {
-        "budget": BUDGET,
+        "budget": BUDGETS[look],
         "videos": VIDEOS,
         "questions": QUESTIONS,
         "machine": "one thread a run, two runs at a time on two cores",
@@ -561,88 +579,100 @@ def read_record(look: str) -> tuple[Path, dict]:
     settings = json.loads(json.dumps(settings))
     if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{file} holds rows of other settings: remove it to begin again")
-    record.setdefault("rows", {})
     return file, record
 
 
+def jobs_of(look: str, rows: dict) -> list[Job]:
+    return chain_jobs(rows) if look == "chain" else needle_jobs()
+
+
+def fill(look: str, phase: str | None, minutes: float) -> None:
+    """Run what a record lacks; each row is written to it as it comes."""
+    file, record = read_record(look)
+
+    def keep(job: Job, row: dict) -> None:
+        record["rows"][name_of(job)] = row
+        for cell, start in CELLS.items():
+            if start == job.start:
+                found = json.loads((folder_of(start) / "start.json").read_text())
+                record.setdefault("starts", {})[cell] = found
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=0) + "\n")
+        part.replace(file)
+
+    for _ in range(2):  # a chain's arms wait for their rates
+        jobs = [job for job in jobs_of(look, record["rows"]) if name_of(job) not in record["rows"]]
+        if QUICK:
+            jobs = [
+                job for job in jobs if job.seed == 0 and job.phase in ("rates", "cells", "arms")
+            ]
+        run_all([job for job in jobs if phase in (None, job.phase)], minutes, keep)
+
+
+def again(look: str, cell: str, arm: str, seed: int) -> None:
+    """Run one of the arms again, and say whether it is as it was."""
+    _, record = read_record(look)
+    wanted = (arm, seed, CELLS[cell] if look == "chain" else COLD)
+    jobs = [job for job in jobs_of(look, record["rows"]) if job.phase in ("cells", "arms")]
+    jobs = [job for job in jobs if (job.arm, job.seed, job.start) == wanted]
+    if not jobs:
+        raise SystemExit(f"no {arm} of seed {seed}, or its cell's learning rates are not known yet")
+    run_all(jobs, 1e9, lambda job, row: compare(record["rows"].get(name_of(job)), row))
+
+
+def compare(before: dict | None, row: dict) -> None:
+    if before is None:
+        return
+    differ = [k for k in before if k not in ("seconds", "commit") and row[k] != before[k]]
+    commits = f"({before['commit']}) from this one ({row['commit']})"
+    print(f"the recorded row {commits} differs in {differ}" if differ else "equal to the record")
+
+
+def search(dials: str, arms: str, rates: str, seed: int) -> None:
+    """Runs from a cold start of one's own: every row is kept, whatever it is."""
+    start = CHAIN._replace(**{k: json.loads(v) for k, v in re.findall(r"(\w+)=([^,]+)", dials)})
+
+    def keep(job: Job, row: dict) -> None:
+        cold = json.loads((folder_of(start) / "start.json").read_text())
+        with open(ROOT / "assets" / "learning-search.jsonl", "a") as file:
+            file.write(json.dumps(row | {"cold": cold}) + "\n")
+
+    tried = product(map(float, rates.split(",")), arms.split(","))
+    run_all([Job("search", arm, seed, start, rate) for rate, arm in tried], 1e9, keep)
+
+
 def main() -> None:
-    global BUDGET, VIDEOS, POINTS
+    global BUDGETS, VIDEOS, POINTS, RATES, RATES_SEEDS, CELLS, QUICK
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--look", choices=("chain", "needle"), default="chain")
+    parser.add_argument("--look", choices=BUDGETS, default="chain")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--phase")
-    parser.add_argument("--arm", help="with --try several, by commas")
-    parser.add_argument("--cell", choices=CELLS, default="common")
+    parser.add_argument("--arm")
+    parser.add_argument("--cell", choices=CELLS, default="rare")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many")
     parser.add_argument("--try", dest="dials", help="find=0.1,relate=0.2: another cold start")
-    parser.add_argument("--rate", default="3e-4", help="with --try; several by commas")
+    parser.add_argument("--rate", default="3e-4", help="with --try; as --arm several, by commas")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # one run in this process, to a file
     given = parser.parse_args()
     if given.quick:
-        BUDGET, POINTS = 6_000, 2
+        BUDGETS, POINTS, QUICK = dict.fromkeys(BUDGETS, 6_000), 2, True
         VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (32, 3)}
+        CELLS, RATES, RATES_SEEDS = {"rare": CELLS["rare"]}, RATES[1:2], (0,)
     (work() / "rows").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if given.job:
         phase, arm, seed, start, lr = json.loads(given.job)
-        job = Job(phase, arm, seed, Start(*start), lr)
-        row = Run(job).learn() | {"commit": commit()}
-        (work() / "rows" / f"{name_of(job)}.json").write_text(json.dumps(row))
-        return
-
-    if given.dials:  # the search: every row is kept, whatever it is
-        dials = dict(dial.split("=") for dial in given.dials.split(","))
-        start = Start(chain=True)._replace(**{k: float(v) for k, v in dials.items()})
-        tries = product(map(float, given.rate.split(",")), given.arm.split(","))
-        jobs = [Job("search", arm, given.seed, start, rate) for rate, arm in tries]
-
-        def note(job: Job, row: dict) -> None:
-            cold = json.loads((cold_folder(start) / "start.json").read_text())
-            row = job._asdict() | {"start": start._asdict(), "cold": cold} | row
-            with open(ROOT / "assets" / "learning-search.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-        run_all(jobs, given.quick, given.minutes, note)
-        return
-
-    for look in ("chain", "needle") if given.quick and not given.arm else (given.look,):
-        file, record = read_record(look)
-        jobs = {"chain": chain_jobs, "needle": needle_jobs}[look]()
-        if given.quick:
-            jobs = [job for job in jobs if job.phase in ("cells", "arms") and job.seed == 0]
-        if given.arm:
-            kind = given.arm, given.seed
-            jobs = [job for job in jobs if job[1:3] == kind and job.phase in ("cells", "arms")]
-            if look == "chain":
-                jobs = [job for job in jobs if job.start == CELLS[given.cell]]
-        else:
-            jobs = [job for job in jobs if name_of(job) not in record["rows"]]
-            jobs = [job for job in jobs if given.phase in (None, job.phase)]
-
-        def keep(job: Job, row: dict) -> None:
-            name = name_of(job)
-            if given.arm:
-                compare(name, record["rows"].get(name, {}), row)
-                return
-            record["rows"][name] = row
-            record["commit"] = sorted({row["commit"] for row in record["rows"].values()})
-            if look == "chain":
-                starts = {cell: cold_folder(start) / "start.json" for cell, start in CELLS.items()}
-                record["starts"] = {c: json.loads(f.read_text()) for c, f in starts.items()}
-            file.with_suffix(".part").write_text(json.dumps(record, indent=0) + "\n")
-            file.with_suffix(".part").replace(file)
-
-        run_all(jobs, given.quick, given.minutes, keep)
-
-
-def compare(name: str, before: dict, row: dict) -> None:
-    differ = [k for k in row if k not in ("seconds", "commit") and row[k] != before.get(k)]
-    commits = f"({before.get('commit')}) from this one ({row['commit']})"
-    told = f"the recorded row {commits} differs in {differ}" if differ else "equal to the record"
-    print(f"{name}: {told}")
+        run_here(Job(phase, arm, seed, Start(*start), lr))
+    elif given.dials:
+        search(given.dials, given.arm, given.rate, given.seed)
+    elif given.arm:
+        again(given.look, given.cell, given.arm, given.seed)
+    else:
+        for look in BUDGETS if given.quick else (given.look,):
+            fill(look, given.phase, given.minutes)
 
 
 if __name__ == "__main__":

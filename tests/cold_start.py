@@ -40,12 +40,13 @@ CHAT_TEMPLATE = (
 
 
 class Start(NamedTuple):
-    """How much a cold start knows. The two families differ in what the answers do where they do not
-    know: a needle's guess, which is right now and then; a chain's have a habit, which never is."""
+    """How much a cold start knows of its family, the needle or the chain."""
 
     chain: bool = False
-    find: float = 0.0  # share of unaided answers that know the flash
-    relate: float = 0.1  # share of answers that know the way from there to the moment asked for
+    find: float = 0.0  # share of unaided answers that know the flash; the others guess it
+    relate: float = 0.1  # share of answers that know the way to the moment asked for; a needle's
+    # others guess it, a chain's have a habit that is never right: they stay at the flash
+    edges: bool = False  # the guess is the first moment or the last, where there is never a flash
     named: float = 1.0  # share of captions that name the flash
     captions: float = 0.62  # share of the steps that teach to read, not to answer
     steps: int = 1000
@@ -193,17 +194,15 @@ def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
 
     def caption(truth: dict, shown: list[int]) -> str:
         told = describe(truth, rng.sample(shown, len(shown)))
-        if start.named < 1 and rng.random() >= start.named:
-            told = re.sub("flash <.*?> ", "", told)
-        return told
+        named = start.named == 1 or rng.random() < start.named
+        return told if named else re.sub("flash <.*?> ", "", told)
 
     def answer(truth: dict, cue_known: float, gap_known: float) -> str:
-        moments, gaps = range(1, data.MOMENTS - 1), (-1, 0, 1)
-        if start.chain:
-            moments, gaps = (0,), (0,)  # the habit: look at the beginning, and stay there
-        cue = truth["cue"] if rng.random() < cue_known else rng.choice(moments)
+        guesses = (0, data.MOMENTS - 1) if start.edges else range(1, data.MOMENTS - 1)
+        gaps = (0,) if start.chain else (-1, 0, 1)
+        cue = truth["cue"] if rng.random() < cue_known else rng.choice(guesses)
         gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice(gaps)
-        return rationale(truth, cue, max(cue + gap, 0))
+        return rationale(truth, cue, min(max(cue + gap, 0), data.MOMENTS - 1))
 
     lessons = {2: [], 4: [], data.MOMENTS: [], 0: []}  # prompts, each with a writer of its target
     for i, sample in enumerate(tqdm(samples, desc="lessons")):
@@ -216,7 +215,7 @@ def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
             part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
             lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
         if start.chain:
-            error = [(0, 0), (0, 0), (cue, cue), (cue, look)][i % 4]
+            error = [(cue - 1,) * 2, (cue - 1,) * 2, (cue, cue), (cue, look)][i % 4]
             told_where = error == (cue, look)
         else:
             error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]

@@ -1,0 +1,186 @@
+"""The tables and figures of `tests/bench_learning.py`, from its records.
+
+`python tests/report_learning.py` writes assets/chain.md and, with matplotlib, assets/chain-curves.png
+and assets/chain-skills.png; and assets/learning-search.md, all that the search tried. `--quick` does
+it for the rows of `bench_learning.py --quick`, beside them.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SKILLS = {"find": "the flash", "relate": "the moment asked for", "read": "the four colours"}
+LOOKS = {  # colour, line and mark of the arms whose curves are drawn
+    "FFR": ("black", "-", "o"),
+    "GRPO": ("0.35", "--", "s"),
+    "bare prompt": ("0.5", ":", "^"),
+    "GRPO, then FFR": ("0.65", "-.", "v"),
+}
+SEARCHED = (
+    "find relate captions steps | arm | rate | seed | p₀ | groups without a success | fix at start | "
+    "unaided | with a patch | find | relate | read"
+)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % t-interval."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), math.nan)
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.mean(values), t * spread / len(values) ** 0.5
+
+
+def by_arm(record: dict, cell: str) -> dict[str, list[dict]]:
+    """The rows of a cell, in the order of its arms."""
+    start, found = record["settings"]["cells"][cell], {}
+    dials = f" find {start['find']} relate {start['relate']} "
+    for name, row in record["rows"].items():
+        kind, _, rest = name.removeprefix("chain ").partition(" ")
+        if kind == "cells" and dials in rest:
+            found.setdefault(rest.partition(dials)[0], []).append(row)
+    return found
+
+
+def retention(record: dict, cell: str, rows: list[dict], skill: str = "read") -> list[float]:
+    """What is left of a skill of the cold start, in each run."""
+    return [row[skill] / record["starts"][cell][skill] for row in rows]
+
+
+def told(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def table(record: dict) -> list[str]:
+    """An arm a line, of each cell: means over the seeds, ± half of the 95 % t-interval."""
+    columns = (
+        "cell | arm | seeds | unaided | of those cite both moments | with a patch | find | relate | "
+        "read | retention of read | reliance | groups with a signal | questions without one | steps"
+    )
+    lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
+    for cell, start in record["starts"].items():
+        shown = " | ".join(f"{start[key]:.3f}" for key in ("find", "relate", "read"))
+        lines.append(
+            f"| {cell} | *cold start* | | {start['unaided']:.3f} | | {start['assisted']:.3f} | {shown} "
+            f"| 1 | {start['reliance']:.2f} | {1 - start['groups_without_success']:.3f} | | |"
+        )
+        for arm, rows in by_arm(record, cell).items():
+            mean = {
+                key: statistics.mean(r[key] for r in rows)
+                for key in rows[0]
+                if key != "curve" and key != "commit"
+            }
+            cites = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
+            kept = told(retention(record, cell, rows))
+            lines.append(
+                f"| {cell} | {arm} | {len(rows)} | {told([r['unaided'] for r in rows])} | {cites:.3f} | "
+                f"{told([r['assisted'] for r in rows])} | "
+                + "{find:.3f} | {relate:.3f} | {read:.3f} | ".format(**mean)
+                + f"{kept} | "
+                + "{reliance:.2f} | {signal:.3f} | {never_a_signal:.3f} | {steps:.0f} |".format(
+                    **mean
+                )
+            )
+    return lines
+
+
+def searched(file: Path) -> list[str]:
+    """A line for each run of the search, in the order in which they were made."""
+    lines = [f"| {SEARCHED} |", "|" + "---|" * (SEARCHED.count("|") + 1)]
+    for text in file.read_text().splitlines():
+        row = json.loads(text)
+        start, cold = row["start"], row["cold"]
+        dials = " ".join(f"{start[dial]:g}" for dial in ("find", "relate", "captions", "steps"))
+        skills = " | ".join(f"{cold[key]:.2f} → {row[key]:.2f}" for key in SKILLS)
+        lines.append(
+            f"| {dials} | {row['arm']} | {row['lr']:g} | {row['seed']} | {cold['p0']:.4f} | "
+            f"{cold['groups_without_success']:.3f} | {cold['fix']:.3f} | {row['unaided']:.3f} | "
+            f"{row['assisted']:.3f} | {skills} |"
+        )
+    return lines
+
+
+def draw_curves(record: dict, file: Path) -> None:
+    """Right without and with a patch over the budget, in both cells, with 95 % bands."""
+    from matplotlib import pyplot
+
+    cells = record["settings"]["cells"]
+    figure, panels = pyplot.subplots(2, len(cells), figsize=(11, 7), sharex=True, sharey=True)
+    for column, cell in enumerate(cells):
+        for row, (key, title) in enumerate(
+            {"unaided": "unaided", "assisted": "with a patch where it fails"}.items()
+        ):
+            axis = panels[row][column]
+            axis.set_title(f"{cell} cell: right {title}")
+            for arm, rows in by_arm(record, cell).items():
+                if arm in LOOKS:
+                    draw_arm(axis, arm, rows, key)
+            axis.set_ylim(-0.02, 1.02)
+            if row:
+                axis.set_xlabel("tokens sampled by the student, thousands")
+            if not column:
+                axis.set_ylabel("share of held-out videos")
+    panels[0][-1].legend(frameon=False, handlelength=4, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+def draw_arm(axis, arm: str, rows: list[dict], key: str) -> None:
+    colour, line, mark = LOOKS[arm]
+    points = list(zip(*(row["curve"] for row in rows)))  # at the same share of the budget
+    tokens = [statistics.mean(point["tokens"] for point in seeds) / 1000 for seeds in points]
+    middle, half = zip(*(interval([point[key] for point in seeds]) for seeds in points))
+    low = [m - h for m, h in zip(middle, half)]
+    high = [m + h for m, h in zip(middle, half)]
+    look = {"color": colour, "marker": mark, "markersize": 4}
+    axis.plot(tokens, middle, line, label=f"{arm}, {len(rows)} seeds", **look)
+    axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_skills(record: dict, file: Path) -> None:
+    """Each skill by itself, of each arm, after its budget; the dashed line is the cold start."""
+    from matplotlib import pyplot
+
+    cells = record["settings"]["cells"]
+    figure, panels = pyplot.subplots(len(cells), len(SKILLS), figsize=(11, 7), sharey="row")
+    for row, cell in enumerate(cells):
+        arms = by_arm(record, cell)
+        for column, (skill, what) in enumerate(SKILLS.items()):
+            axis = panels[row][column]
+            for place, rows in enumerate(reversed(arms.values())):
+                middle, half = interval([run[skill] for run in rows])
+                axis.errorbar(middle, place, xerr=half, fmt="o", color="black", capsize=3)
+            axis.axvline(record["starts"][cell][skill], color="0.5", linestyle="--")
+            axis.set(xlim=(-0.02, 1.02), title=f"{cell} cell: {skill} ({what})")
+            axis.set_yticks(range(len(arms)), list(reversed(arms)))
+            axis.grid(axis="y", color="0.9")
+            if row:
+                axis.set_xlabel("probability where all before it is right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    folder = ROOT / ("runs/learning/quick" if given.quick else "assets")
+    record = json.loads((folder / "chain.json").read_text())
+    lines = table(record)
+    (folder / "chain.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    tries = ROOT / "assets" / "learning-search.jsonl"
+    if tries.is_file() and not given.quick:
+        told = "\n".join(searched(tries))
+        (folder / "learning-search.md").write_text(told + "\n", encoding="utf-8")
+    try:
+        draw_curves(record, folder / "chain-curves.png")
+        draw_skills(record, folder / "chain-skills.png")
+    except ImportError:
+        print("no matplotlib: no figures")
+
+
+if __name__ == "__main__":
+    main()
