@@ -169,7 +169,6 @@ def name_of(job: Job) -> str:
     """As the rows of a record are named: a chain's with all of its dials."""
     dials = f"find {job.start.find} relate {job.start.relate}"
     if job.start.chain:
-        dials += " edges" * job.start.edges
         dials += f" named {job.start.named} captions {job.start.captions} steps {job.start.steps}"
     return f"{job.phase} {job.arm} {dials} lr {job.lr:g} seed {job.seed}"
 

@@ -40,13 +40,13 @@ CHAT_TEMPLATE = (
 
 
 class Start(NamedTuple):
-    """How much a cold start knows of its family, the needle or the chain."""
+    """How much a cold start knows. Where a needle's answers do not know, they guess and are right
+    now and then. A chain's have a habit that is never right: they cite the first moment or the
+    last, which are never flashed, and stay there."""
 
     chain: bool = False
-    find: float = 0.0  # share of unaided answers that know the flash; the others guess it
-    relate: float = 0.1  # share of answers that know the way to the moment asked for; a needle's
-    # others guess it, a chain's have a habit that is never right: they stay at the flash
-    edges: bool = False  # the guess is the first moment or the last, where there is never a flash
+    find: float = 0.0  # share of unaided answers that know the flash
+    relate: float = 0.1  # share of all answers that know the way from there to the moment asked for
     named: float = 1.0  # share of captions that name the flash
     captions: float = 0.62  # share of the steps that teach to read, not to answer
     steps: int = 1000
@@ -198,8 +198,9 @@ def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
         return told if named else re.sub("flash <.*?> ", "", told)
 
     def answer(truth: dict, cue_known: float, gap_known: float) -> str:
-        guesses = (0, data.MOMENTS - 1) if start.edges else range(1, data.MOMENTS - 1)
-        gaps = (0,) if start.chain else (-1, 0, 1)
+        guesses, gaps = range(1, data.MOMENTS - 1), (-1, 0, 1)
+        if start.chain:
+            guesses, gaps = (0, data.MOMENTS - 1), (0,)
         cue = truth["cue"] if rng.random() < cue_known else rng.choice(guesses)
         gap = truth["look"] - truth["cue"] if rng.random() < gap_known else rng.choice(gaps)
         return rationale(truth, cue, min(max(cue + gap, 0), data.MOMENTS - 1))
@@ -215,7 +216,7 @@ def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
             part = ffr.Question(told, x.video, view, [x.frames[frame] for frame in view])
             lessons[moments].append((ffr.encode(student, part), partial(caption, truth, shown)))
         if start.chain:
-            error = [(cue - 1,) * 2, (cue - 1,) * 2, (cue, cue), (cue, look)][i % 4]
+            error = [(0, 0), (0, 0), (cue, cue), (cue, look)][i % 4]
             told_where = error == (cue, look)
         else:
             error = [(cue - 1, look), (cue - 1, look), (cue, 7 - look), (cue, look)][i % 4]

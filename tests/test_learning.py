@@ -9,14 +9,22 @@ from dataclasses import replace
 
 import bench_learning as bench
 import pytest
-from cold_start import needle_rationale
+import torch
+from cold_start import chain_rationale, chain_videos, needle_rationale
 from conftest import ROOT
 from report_learning import interval
 
 import data
 import ffr
+import grpo
 import teacher
 from reward import Score
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return data.load_samples(chain_videos(str(tmp_path_factory.mktemp("chain")), 6, seed=5))
+
 
 RIGHT, WRONG = Score(1.0, 1.0, True), Score(0.0, 1.0, False)
 
@@ -86,6 +94,74 @@ def test_skills_name_the_step_of_a_rationale_that_failed(samples):
     misread = bench.skills(samples[0], right.replace("<answer> ", "<answer> not "))
     assert misread == {"cue": True, "relation": True, "reading": False, "cites": True}
     assert not any(bench.skills(samples[0], "<answer> red blue </answer>").values())
+
+
+def test_a_chain_asks_for_the_colours_of_the_flash_and_of_the_moment_beside_it(chain):
+    for sample in chain:
+        truth = sample.truth
+        cue, look = truth["cue"], truth["look"]
+        assert abs(look - cue) == 1 and data.RELATIONS[look - cue] in sample.question
+        assert sample.answer.split() == truth["moments"][cue] + truth["moments"][look]
+        right = chain_rationale(truth, cue, look)
+        assert all(bench.skills(sample, right).values())
+        stayed = bench.skills(sample, chain_rationale(truth, cue, cue))
+        assert stayed == {"cue": True, "relation": False, "reading": True, "cites": False}
+
+
+def test_skills_by_themselves_are_the_students_probabilities(chain, student):
+    (question,) = [ffr.open_question(student, chain[0])]
+    found = bench.probabilities(student, [question])
+    tokenizer = student.processor.tokenizer
+    ids = torch.tensor(tokenizer.encode(bench.rationale_of(chain[0])))
+    with torch.no_grad():
+        logps = grpo.completion_logps(student.model, question.prompt, ids, student.sampling)
+    # <think> flash TIME look TIME c c look TIME c c </think> …
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words[1] == "flash" and (words[3], words[7]) == ("look", "look")
+    expected = {"find": [2], "relate": [8], "read": [5, 6, 9, 10]}
+    for skill, places in expected.items():
+        assert found[skill] == pytest.approx(logps[places].sum().exp().item(), rel=1e-4)
+
+
+def test_the_bare_prompt_arm_trains_the_repaired_tokens_under_the_question_alone():
+    question = ffr.Question(None, None, [], [], prompt={"the": "question"})
+    r = replace(repaired(RIGHT, 1.7), question=question)
+    trained = bench.choose("bare prompt", r).rollout
+    assert trained.prompt is question.prompt and trained.completion == "repaired tokens"
+
+
+def test_repair_only_where_all_failed_asks_for_no_other_group():
+    cases = [teacher.Case(name, "q", [], "a", "", None) for name in ("x", "y", "y", "x", "y")]
+    asked = []
+
+    def ask(wanted: list) -> list:
+        asked.extend(wanted)
+        return [f"patch {place}" for place in range(len(wanted))]
+
+    replies = bench.only_where_all_failed(ask, cases, num_rollouts=3)
+    assert [case.id for case in asked] == ["y", "y", "y"]
+    refused = bench.NOT_ASKED
+    assert replies == [refused, "patch 0", "patch 1", refused, "patch 2"]
+
+
+def test_an_arm_of_two_halves_asks_its_teacher_in_one_of_them():
+    halves = [(arm, bench.asks(arm, 0.49), bench.asks(arm, 0.5)) for arm in bench.CHAIN_ARMS]
+    two = {arm: first_and_second for arm, *first_and_second in halves}
+    assert two["GRPO, then FFR"] == [False, True] and two["FFR, then GRPO"] == [True, False]
+    assert two["FFR"] == two["bare prompt"] == [True, True]
+
+
+def test_the_rate_of_an_arm_is_the_best_on_the_seeds_that_tried_it():
+    jobs = bench.chain_jobs({})
+    assert {job.phase for job in jobs} == {"rates"}
+    start = bench.CELLS["rare"]
+    rows = {bench.name_of(job): {"unaided": 0.1, "assisted": 0.2} for job in jobs}
+    for job in jobs:
+        if (job.start, job.arm, job.lr) == (start, "GRPO", bench.RATES[2]):
+            rows[bench.name_of(job)] = {"unaided": 0.1, "assisted": 0.3}
+    cells = {(j.start, j.arm): j.lr for j in bench.chain_jobs(rows) if j.phase == "cells"}
+    assert cells[start, "GRPO"] == bench.RATES[2] and cells[start, "imitation"] == bench.RATES[0]
+    assert len(bench.chain_jobs(rows)) == len(jobs) + 5 * 3 * 8
 
 
 def test_interval_is_student_s():
