@@ -58,7 +58,7 @@ import train  # noqa: E402
 from teacher import TeacherError  # noqa: E402
 
 # --- what is run: fixed before the seeds ran ---
-BUDGETS = {"needle": 300_000, "chain": 600_000}  # tokens that the student samples
+BUDGETS = {"needle": 300_000, "chain": 400_000}  # tokens that the student samples
 VIDEOS = {"cold": (384, 1), "train": (1024, 2), "held_out": (512, 3)}  # number, seed
 QUESTIONS, POINTS = 4, 8  # questions a step; evaluations on the way
 MAIN, MORE = (0, 1, 2, 3, 4), (0, 1, 2)  # seeds
