@@ -9,7 +9,7 @@ There are two looks, each with a task family of its own (`Start`, in tests/cold_
     needle   the colours at one moment. Where the student does not know, it guesses, and is right
              now and then. Record: assets/learning.json
     chain    the colours at the flash and at the moment before or after. Where the student does not
-             know, it has a habit, and is never right. `CELLS` are three cold starts, from common
+             know, it has a habit, and is never right. `CELLS` are four cold starts, from common
              success to none. Record: assets/chain.json
 
 `python tests/bench_learning.py` runs what the record of the chain does not hold yet, so it goes on
@@ -94,10 +94,11 @@ ARMS = {  # seeds, and what differs from FFR
 CHAIN = Start(chain=True, captions=0.7, steps=1600)
 CELLS = {  # how often an answer of the cold start's lessons finds the flash, and goes on from there
     "common": CHAIN._replace(find=0.6, relate=0.6),
-    "rare": CHAIN._replace(find=0.02, relate=0.3),
+    "rare": CHAIN._replace(find=0.06, relate=0.3),
+    "rarer": CHAIN._replace(find=0.02, relate=0.3),  # of GRPO and FFR alone
     "never": CHAIN._replace(find=0.0, relate=0.3),
 }
-RATES = (1.5e-4, 3e-4, 6e-4)
+RATES = (8e-5, 1.5e-4, 3e-4)
 RATES_SEEDS = (200, 201)
 TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate
 # The patch shows the flash alone: with the term for alignment (λ) whoever cites the other moment
@@ -144,14 +145,20 @@ def needle_jobs() -> list[Job]:
 def chain_jobs(rows: dict) -> list[Job]:
     """The second look's: learning rates in every cell, and, when these are in `rows`, all arms."""
     rates, cells = [], []
-    for seed, start, lr, arm in product(RATES_SEEDS, CELLS.values(), RATES, TUNED):
-        rates.append(Job("rates", arm, seed, start, lr))
+    for seed, cell, lr, arm in product(RATES_SEEDS, CELLS, RATES, TUNED):
+        if arm in arms_of(cell):
+            rates.append(Job("rates", arm, seed, CELLS[cell], lr))
     if any(name_of(job) not in rows for job in rates):
         return rates
-    for seed, start, arm in product(MAIN, CELLS.values(), CHAIN_ARMS):
-        rate = best_rate(rows, rates, start, arm if arm in TUNED else "FFR")
-        cells.append(Job("cells", arm, seed, start, rate))
+    for seed, cell in product(MAIN, CELLS):
+        for arm in arms_of(cell):
+            rate = best_rate(rows, rates, CELLS[cell], arm if arm in TUNED else "FFR")
+            cells.append(Job("cells", arm, seed, CELLS[cell], rate))
     return rates + cells
+
+
+def arms_of(cell: str) -> tuple[str, ...]:
+    return ("GRPO", "FFR") if cell == "rarer" else (*CHAIN_ARMS,)
 
 
 def best_rate(rows: dict, tried: list[Job], start: Start, arm: str) -> float:

@@ -161,7 +161,7 @@ def test_the_rate_of_an_arm_is_the_best_on_the_seeds_that_tried_it():
             rows[bench.name_of(job)] = {"unaided": 0.1, "assisted": 0.3}
     cells = {(j.start, j.arm): j.lr for j in bench.chain_jobs(rows) if j.phase == "cells"}
     assert cells[start, "GRPO"] == bench.RATES[2] and cells[start, "imitation"] == bench.RATES[0]
-    assert len(bench.chain_jobs(rows)) == len(jobs) + 5 * 3 * 8
+    assert len(bench.chain_jobs(rows)) == len(jobs) + 5 * (3 * 8 + 2)
 
 
 def test_interval_is_student_s():
