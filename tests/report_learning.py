@@ -1,8 +1,8 @@
 """The tables and figures of `tests/bench_learning.py`, from its records.
 
-`python tests/report_learning.py` writes assets/chain.md and, with matplotlib, assets/chain-curves.png
-and assets/chain-skills.png; and assets/learning-search.md, all that the search tried. `--quick` does
-it for the rows of `bench_learning.py --quick`, beside them.
+`python tests/report_learning.py` writes assets/chain.md and, with matplotlib,
+assets/chain-curves.png and assets/chain-skills.png. `--quick` does it for the rows of
+`bench_learning.py --quick`, beside them; `--search` prints the table in assets/learning-search.md.
 """
 
 import argparse
@@ -20,8 +20,8 @@ LOOKS = {  # colour, line and mark of the arms whose curves are drawn
     "GRPO, then FFR": ("0.65", "-.", "v"),
 }
 SEARCHED = (
-    "find relate captions steps | arm | rate | seed | p₀ | groups without a success | fix at start | "
-    "unaided | with a patch | find | relate | read"
+    "where it does not know, it | find | relate | captions, steps | p₀ | fix | arm | rate | seed | "
+    "tokens, k | unaided | with a patch | cite both moments | find | relate | read"
 )
 
 
@@ -89,16 +89,17 @@ def table(record: dict) -> list[str]:
 def searched(file: Path) -> list[str]:
     """A line for each run of the search, in the order in which they were made."""
     lines = [f"| {SEARCHED} |", "|" + "---|" * (SEARCHED.count("|") + 1)]
-    for text in file.read_text().splitlines():
+    for text in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
         start, cold = row["start"], row["cold"]
-        dials = " ".join(f"{start[dial]:g}" for dial in ("find", "relate", "captions", "steps"))
-        skills = " | ".join(f"{cold[key]:.2f} → {row[key]:.2f}" for key in SKILLS)
-        lines.append(
-            f"| {dials} | {row['arm']} | {row['lr']:g} | {row['seed']} | {cold['p0']:.4f} | "
-            f"{cold['groups_without_success']:.3f} | {cold['fix']:.3f} | {row['unaided']:.3f} | "
-            f"{row['assisted']:.3f} | {skills} |"
-        )
+        habit = row.get("habit", "cites the first moment or the last")
+        cells = [habit, f"{start['find']:g}", f"{start['relate']:g}"]
+        cells += [f"{start['captions']:g}, {start['steps']}", f"{cold['p0']:.4f}"]
+        cells += [f"{cold['fix']:.3f}", row["arm"], f"{row['lr']:g}", f"{row['seed']}"]
+        cells += [f"{row['tokens'] / 1000:.0f}"]
+        cells += [f"{row[key]:.3f}" for key in ("unaided", "assisted", "faithful")]
+        cells += [f"{cold[skill]:.2f} → {row[skill]:.2f}" for skill in SKILLS]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -165,16 +166,16 @@ def draw_skills(record: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--search", action="store_true", help="print the table of the search")
     given = parser.parse_args()
+    if given.search:
+        print("\n".join(searched(ROOT / "assets" / "learning-search.jsonl")))
+        return
     folder = ROOT / ("runs/learning/quick" if given.quick else "assets")
     record = json.loads((folder / "chain.json").read_text())
     lines = table(record)
     (folder / "chain.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-    tries = ROOT / "assets" / "learning-search.jsonl"
-    if tries.is_file() and not given.quick:
-        told = "\n".join(searched(tries))
-        (folder / "learning-search.md").write_text(told + "\n", encoding="utf-8")
     try:
         draw_curves(record, folder / "chain-curves.png")
         draw_skills(record, folder / "chain-skills.png")
