@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -282,6 +283,7 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
 # --- what the arms do differently ---
 ONE_ROUND = ffr.find_fix_reason
 NOT_ASKED = TeacherError("not asked", "this arm repairs only where a whole group failed")
+train.HELPLESS = 10**6  # that arm may not ask for many steps
 
 
 def change(arm: str, patch, case, rng: random.Random):
@@ -594,24 +596,23 @@ def jobs_of(look: str, rows: dict) -> list[Job]:
 
 def fill(look: str, phase: str | None, minutes: float) -> None:
     """Run what a record lacks; each row is written to it as it comes."""
-    file, record = read_record(look)
+    (file, record), one_at_a_time = read_record(look), Lock()
 
     def keep(job: Job, row: dict) -> None:
-        record["rows"][name_of(job)] = row
-        for cell, start in CELLS.items():
-            if start == job.start:
-                found = json.loads((folder_of(start) / "start.json").read_text())
-                record.setdefault("starts", {})[cell] = found
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=0) + "\n")
-        part.replace(file)
+        with one_at_a_time:
+            record["rows"][name_of(job)] = row
+            for cell, start in CELLS.items():
+                if start == job.start:
+                    found = json.loads((folder_of(start) / "start.json").read_text())
+                    record.setdefault("starts", {})[cell] = found
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(record, indent=0) + "\n")
+            part.replace(file)
 
     for _ in range(2):  # a chain's arms wait for their rates
         jobs = [job for job in jobs_of(look, record["rows"]) if name_of(job) not in record["rows"]]
         if QUICK:
-            jobs = [
-                job for job in jobs if job.seed == 0 and job.phase in ("rates", "cells", "arms")
-            ]
+            jobs = [job for job in jobs if job.seed == 0 and job.phase not in ("grid", "dial")]
         run_all([job for job in jobs if phase in (None, job.phase)], minutes, keep)
 
 

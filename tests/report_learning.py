@@ -34,12 +34,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def by_arm(record: dict, cell: str) -> dict[str, list[dict]]:
     """The rows of a cell, in the order of its arms."""
-    start, found = record["settings"]["cells"][cell], {}
-    dials = f" find {start['find']} relate {start['relate']} "
-    for name, row in record["rows"].items():
-        kind, _, rest = name.removeprefix("chain ").partition(" ")
-        if kind == "cells" and dials in rest:
-            found.setdefault(rest.partition(dials)[0], []).append(row)
+    found = {}
+    for row in record["rows"].values():
+        if row["phase"] == "cells" and row["start"] == record["settings"]["cells"][cell]:
+            found.setdefault(row["arm"], []).append(row)
     return found
 
 
@@ -61,17 +59,14 @@ def table(record: dict) -> list[str]:
     )
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     for cell, start in record["starts"].items():
-        shown = " | ".join(f"{start[key]:.3f}" for key in ("find", "relate", "read"))
+        skills = " | ".join(f"{start[key]:.3f}" for key in SKILLS)
         lines.append(
-            f"| {cell} | *cold start* | | {start['unaided']:.3f} | | {start['assisted']:.3f} | {shown} "
+            f"| {cell} | *cold start* | | {start['unaided']:.3f} | | {start['assisted']:.3f} | {skills} "
             f"| 1 | {start['reliance']:.2f} | {1 - start['groups_without_success']:.3f} | | |"
         )
         for arm, rows in by_arm(record, cell).items():
-            mean = {
-                key: statistics.mean(r[key] for r in rows)
-                for key in rows[0]
-                if key != "curve" and key != "commit"
-            }
+            shown = ("find", "relate", "read", "reliance", "signal", "never_a_signal", "steps")
+            mean = {key: statistics.mean(row[key] for row in rows) for key in shown}
             cites = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
             kept = told(retention(record, cell, rows))
             lines.append(
