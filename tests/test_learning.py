@@ -12,7 +12,7 @@ import pytest
 import torch
 from cold_start import chain_rationale, chain_videos, needle_rationale
 from conftest import ROOT
-from report_learning import interval, searched, table
+from report_learning import interval, searched
 
 import data
 import ffr
@@ -221,16 +221,6 @@ def test_every_run_of_the_search_stands_in_its_table():
     told = (ROOT / "assets" / "learning-search.md").read_text(encoding="utf-8").splitlines()
     lines = searched(ROOT / "assets" / "learning-search.jsonl")
     assert len(lines) == 2 + 28 and [line for line in told if line.startswith("|")] == lines
-
-
-def test_the_chains_table_is_its_record_and_all_of_it_is_of_one_commit():
-    record = json.loads((ROOT / "assets" / "chain.json").read_text())
-    shown = (ROOT / "assets" / "chain.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in shown if line.startswith("|")] == table(record)
-    jobs = bench.chain_jobs(record["rows"])
-    cells = [record["rows"][bench.name_of(job)] for job in jobs if job.phase == "cells"]
-    assert len(cells) == 5 * (3 * 8 + 2) and len({row["commit"] for row in cells}) == 1
-    assert all(400_000 <= row["tokens"] < 404_000 for row in cells)
 
 
 @pytest.mark.slow
