@@ -41,9 +41,10 @@ def by_arm(record: dict, cell: str) -> dict[str, list[dict]]:
     return found
 
 
-def retention(record: dict, cell: str, rows: list[dict], skill: str = "read") -> list[float]:
-    """What is left of a skill of the cold start, in each run."""
-    return [row[skill] / record["starts"][cell][skill] for row in rows]
+def retention(record: dict, cell: str, rows: list[dict]) -> list[float]:
+    """What is left of the cold start's reading, in each run: of the share of unaided answers whose
+    colours are those at the moments that they cite."""
+    return [row["reading"] / record["starts"][cell]["reading"] for row in rows]
 
 
 def told(values: list[float]) -> str:
@@ -55,7 +56,7 @@ def table(record: dict) -> list[str]:
     """An arm a line, of each cell: means over the seeds, ± half of the 95 % t-interval."""
     columns = (
         "cell | arm | seeds | unaided | of those cite both moments | with a patch | find | relate | "
-        "read | retention of read | reliance | groups with a signal | questions without one | steps"
+        "read | reading kept | reliance | groups with a signal | questions without one | steps"
     )
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     for cell, start in record["starts"].items():
@@ -78,6 +79,21 @@ def table(record: dict) -> list[str]:
                     **mean
                 )
             )
+    return lines
+
+
+def short_table(record: dict) -> list[str]:
+    """The README's: what each arm ends with in three cells, and how well it still reads."""
+    cells = ("common", "rare", "never")
+    columns = [f"{cell}: unaided | with a patch | reading kept" for cell in cells]
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 3 * len(cells)]
+    for arm in by_arm(record, "common"):
+        told_of = []
+        for cell in cells:
+            rows = by_arm(record, cell)[arm]
+            told_of += [told([row[key] for row in rows]) for key in ("unaided", "assisted")]
+            told_of.append(f"{statistics.mean(retention(record, cell, rows)):.2f}")
+        lines.append(f"| {arm} | " + " | ".join(told_of) + " |")
     return lines
 
 
@@ -170,7 +186,7 @@ def main() -> None:
     record = json.loads((folder / "chain.json").read_text())
     lines = table(record)
     (folder / "chain.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    print("\n".join(lines + ["", *short_table(record)]))
     try:
         draw_curves(record, folder / "chain-curves.png")
         draw_skills(record, folder / "chain-skills.png")
