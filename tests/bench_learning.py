@@ -99,7 +99,7 @@ CELLS = {  # how often an answer of the cold start's lessons finds the flash, an
     "rarer": CHAIN._replace(find=0.02, relate=0.3),  # of GRPO and FFR alone
     "never": CHAIN._replace(find=0.0, relate=0.3),
 }
-RATES = (8e-5, 1.5e-4, 3e-4)
+RATES = (8e-5, 1.5e-4, 3e-4, 6e-4)
 RATES_SEEDS = (200, 201)
 TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate
 # The patch shows the flash alone: with the term for alignment (λ) whoever cites the other moment
@@ -424,8 +424,9 @@ class Run:
 
     def stop_or_measure(self) -> None:
         if self.tokens >= len(self.curve) * self.budget / POINTS:
+            asked = self.questions if self.tokens >= self.budget else self.questions[::2]
             now = {"tokens": self.tokens, "step": len(self.rates)}
-            self.curve.append(now | measure(self.student, self.questions, self.helped))
+            self.curve.append(now | measure(self.student, asked, self.helped))
         if self.tokens >= self.budget:
             raise Spent
 
