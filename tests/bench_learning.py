@@ -217,20 +217,25 @@ def skills(sample: data.Sample, text: str) -> dict:
     if not found or not answer:
         return dict.fromkeys(("cue", "relation", "reading", "cites"), False)
     cue, look = found
-    seen = [*truth["moments"][look]]
-    if len(sample.answer.split()) == 4:  # a chain
-        seen = [*truth["moments"][cue], *seen]
+    moments, right = [look], [truth["look"]]  # those whose colours are asked for
+    if is_chain(sample):
+        moments, right = [cue, look], [truth["cue"], truth["look"]]
+    seen = [colour for moment in moments for colour in truth["moments"][moment]]
     return {
         "cue": cue == truth["cue"],
         "relation": look - cue == truth["look"] - truth["cue"],
         "reading": answer[1].split() == seen,
-        "cites": found == (truth["cue"], truth["look"]),
+        "cites": moments == right,
     }
+
+
+def is_chain(sample: data.Sample) -> bool:
+    return len(sample.answer.split()) == 4
 
 
 def rationale_of(sample: data.Sample) -> str:
     truth = sample.truth
-    write = chain_rationale if len(sample.answer.split()) == 4 else needle_rationale
+    write = chain_rationale if is_chain(sample) else needle_rationale
     return write(truth, truth["cue"], truth["look"])
 
 
@@ -258,8 +263,8 @@ def probabilities(student: ffr.Student, questions: list) -> dict:
 
 
 def measure(student: ffr.Student, questions: list, teach) -> dict:
-    """Of the held-out questions, greedily: shares right without and with a patch; `faithful`: right,
-    and the right moments are cited; the skills; and the reliance of sampled repairs."""
+    """Of the held-out questions, greedily: shares right without and with a patch; `faithful`
+    (unaided) and `told` (with a patch): right, and the moments asked for are cited; the skills; and the reliance of sampled repairs."""
     greedy = replace(student, sampling=replace(student.sampling, temperature=0.0))
     rows, reliance = [], []
     for start in range(0, len(questions), 64):
@@ -340,9 +345,10 @@ def asks(arm: str, spent: float) -> bool:
 def only_where_all_failed(ask, cases: list, num_rollouts: int) -> list:
     """Patches for the cases of the groups that have no success, in the order of all cases."""
     failures = [case.id for case in cases]
-    wanted = [case for case in cases if failures.count(case.id) == num_rollouts]
+    whole = [failures.count(case.id) == num_rollouts for case in cases]
+    wanted = [case for case, all_failed in zip(cases, whole) if all_failed]
     patches = iter(ask(wanted) if wanted else [])
-    return [next(patches) if case in wanted else NOT_ASKED for case in cases]
+    return [next(patches) if all_failed else NOT_ASKED for all_failed in whole]
 
 
 # --- a run ---
@@ -478,6 +484,8 @@ class Run:
             optimizer.zero_grad()
             self.tokens += int(mask.sum())
             self.prompt_tokens += sum(prompt["input_ids"].shape[1] for prompt in prompts)
+            self.met |= {sample.id for sample in picked}
+            self.moved |= self.met
             self.rates.append((0.0, 0, 1.0))
             scheduler.step()
 

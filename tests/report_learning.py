@@ -83,11 +83,11 @@ def table(record: dict) -> list[str]:
 
 
 def short_table(record: dict) -> list[str]:
-    """The README's: what each arm ends with in three cells, and how well it still reads."""
-    cells = ("common", "rare", "never")
+    """The README's: what each arm ends with in the cells of all arms, and how well it still reads."""
+    cells = [cell for cell in record["starts"] if cell != "rarer"]
     columns = [f"{cell}: unaided | with a patch | reading kept" for cell in cells]
     lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 3 * len(cells)]
-    for arm in by_arm(record, "common"):
+    for arm in by_arm(record, cells[0]):
         told_of = []
         for cell in cells:
             rows = by_arm(record, cell)[arm]
@@ -115,11 +115,12 @@ def searched(file: Path) -> list[str]:
 
 
 def draw_curves(record: dict, file: Path) -> None:
-    """Right without and with a patch over the budget, in both cells, with 95 % bands."""
+    """Right without and with a patch over the budget, in every cell, with 95 % bands."""
     from matplotlib import pyplot
 
-    cells = record["settings"]["cells"]
-    figure, panels = pyplot.subplots(2, len(cells), figsize=(11, 7), sharex=True, sharey=True)
+    cells, size = record["starts"], (4 * len(record["starts"]), 7)
+    shared = {"sharex": True, "sharey": True}
+    figure, panels = pyplot.subplots(2, len(cells), figsize=size, squeeze=False, **shared)
     for column, cell in enumerate(cells):
         for row, (key, title) in enumerate(
             {"unaided": "unaided", "assisted": "with a patch where it fails"}.items()
@@ -155,8 +156,9 @@ def draw_skills(record: dict, file: Path) -> None:
     """Each skill by itself, of each arm, after its budget; the dashed line is the cold start."""
     from matplotlib import pyplot
 
-    cells = record["settings"]["cells"]
-    figure, panels = pyplot.subplots(len(cells), len(SKILLS), figsize=(11, 7), sharey="row")
+    cells, size = record["starts"], (11, 3.5 * len(record["starts"]))
+    rows_and_columns = (len(cells), len(SKILLS))
+    figure, panels = pyplot.subplots(*rows_and_columns, figsize=size, sharey="row", squeeze=False)
     for row, cell in enumerate(cells):
         arms = by_arm(record, cell)
         for column, (skill, what) in enumerate(SKILLS.items()):

@@ -91,6 +91,8 @@ def test_skills_name_the_step_of_a_rationale_that_failed(samples):
     assert later == {"cue": False, "relation": True, "reading": True, "cites": False}
     there = bench.skills(samples[0], needle_rationale(truth, cue, 7 - look))
     assert there == {"cue": True, "relation": False, "reading": True, "cites": False}
+    guessed = bench.skills(samples[0], needle_rationale(truth, (cue + 1) % 8, look))
+    assert guessed["cites"] and not guessed["cue"]  # a needle asks for one moment
     misread = bench.skills(samples[0], right.replace("<answer> ", "<answer> not "))
     assert misread == {"cue": True, "relation": True, "reading": False, "cites": True}
     assert not any(bench.skills(samples[0], "<answer> red blue </answer>").values())
