@@ -264,7 +264,8 @@ def probabilities(student: ffr.Student, questions: list) -> dict:
 
 def measure(student: ffr.Student, questions: list, teach) -> dict:
     """Of the held-out questions, greedily: shares right without and with a patch; `faithful`
-    (unaided) and `told` (with a patch): right, and the moments asked for are cited; the skills; and the reliance of sampled repairs."""
+    (unaided) and `told` (with a patch): right, and the moments asked for are cited; the skills; and
+    the reliance of sampled repairs."""
     greedy = replace(student, sampling=replace(student.sampling, temperature=0.0))
     rows, reliance = [], []
     for start in range(0, len(questions), 64):
@@ -535,7 +536,7 @@ CODE += ["tests/cold_start.py", "tests/bench_learning.py"]
 
 
 def commit() -> str:
-    """The last commit of the files that a row depends on, with a + where they were changed since."""
+    """The last commit of the files that a row depends on; with a + where they differ from it."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)

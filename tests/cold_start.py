@@ -175,9 +175,9 @@ def needle_texts(samples: list[data.Sample]) -> list[str]:
 
 
 def cold_start(folder: str, videos=VIDEOS, start=Start(), seed=0) -> None:
-    """A student in FOLDER/model and the videos that it learns from in FOLDER/cold: captions teach to
-    read a moment that is cited, answers to follow a patch; which flash they cite unaided is left to
-    reward."""
+    """A student in FOLDER/model and the videos that it learns from in FOLDER/cold: captions teach
+    to read a moment that is cited, answers to follow a patch; which flash they cite unaided is left
+    to reward."""
     for name, (count, its_seed) in videos.items():
         write = chain_videos if start.chain else data.needle_videos
         write(f"{folder}/{name}", count, its_seed)
