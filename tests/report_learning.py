@@ -11,6 +11,8 @@ import math
 import statistics
 from pathlib import Path
 
+from bench_learning import CHAIN_ARMS
+
 ROOT = Path(__file__).parent.parent
 SKILLS = {"find": "the flash", "relate": "the moment asked for", "read": "the four colours"}
 LOOKS = {  # colour, line and mark of the arms whose curves are drawn
@@ -34,11 +36,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def by_arm(record: dict, cell: str) -> dict[str, list[dict]]:
     """The rows of a cell, in the order of its arms."""
-    found = {}
+    found = {arm: [] for arm in CHAIN_ARMS}
     for row in record["rows"].values():
         if row["phase"] == "cells" and row["start"] == record["settings"]["cells"][cell]:
-            found.setdefault(row["arm"], []).append(row)
-    return found
+            found[row["arm"]].append(row)
+    return {arm: rows for arm, rows in found.items() if rows}
 
 
 def retention(record: dict, cell: str, rows: list[dict]) -> list[float]:
@@ -55,35 +57,39 @@ def told(values: list[float]) -> str:
 def table(record: dict) -> list[str]:
     """An arm a line, of each cell: means over the seeds, ± half of the 95 % t-interval."""
     columns = (
-        "cell | arm | seeds | unaided | of those cite both moments | with a patch | find | relate | "
-        "read | reading kept | reliance | groups with a signal | questions without one | steps"
+        "cell | arm | seeds | unaided | of those cite both moments | with a patch | "
+        "find | relate | read | reading kept | reliance | groups with a signal | "
+        "questions without one | steps"
     )
     lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
     for cell, start in record["starts"].items():
-        skills = " | ".join(f"{start[key]:.3f}" for key in SKILLS)
-        lines.append(
-            f"| {cell} | *cold start* | | {start['unaided']:.3f} | | {start['assisted']:.3f} | {skills} "
-            f"| 1 | {start['reliance']:.2f} | {1 - start['groups_without_success']:.3f} | | |"
-        )
+        cells = [
+            cell,
+            "*cold start*",
+            "",
+            f"{start['unaided']:.3f}",
+            "",
+            f"{start['assisted']:.3f}",
+        ]
+        cells += [f"{start[skill]:.3f}" for skill in SKILLS]
+        cells += ["1", f"{start['reliance']:.2f}", f"{1 - start['groups_without_success']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, '', ''])} |")
         for arm, rows in by_arm(record, cell).items():
-            shown = ("find", "relate", "read", "reliance", "signal", "never_a_signal", "steps")
+            shown = (*SKILLS, "reliance", "signal", "never_a_signal", "steps")
             mean = {key: statistics.mean(row[key] for row in rows) for key in shown}
             cites = statistics.mean(row["faithful"] / max(row["unaided"], 1e-9) for row in rows)
-            kept = told(retention(record, cell, rows))
-            lines.append(
-                f"| {cell} | {arm} | {len(rows)} | {told([r['unaided'] for r in rows])} | {cites:.3f} | "
-                f"{told([r['assisted'] for r in rows])} | "
-                + "{find:.3f} | {relate:.3f} | {read:.3f} | ".format(**mean)
-                + f"{kept} | "
-                + "{reliance:.2f} | {signal:.3f} | {never_a_signal:.3f} | {steps:.0f} |".format(
-                    **mean
-                )
-            )
+            cells = [cell, arm, f"{len(rows)}", told([row["unaided"] for row in rows])]
+            cells += [f"{cites:.3f}", told([row["assisted"] for row in rows])]
+            cells += [f"{mean[skill]:.3f}" for skill in SKILLS]
+            cells += [told(retention(record, cell, rows)), f"{mean['reliance']:.2f}"]
+            cells += [f"{mean['signal']:.3f}", f"{mean['never_a_signal']:.3f}"]
+            cells += [f"{mean['steps']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def short_table(record: dict) -> list[str]:
-    """The README's: what each arm ends with in the cells of all arms, and how well it still reads."""
+    """The README's: an arm a line, and how it ends in the cells that have all arms."""
     cells = [cell for cell in record["starts"] if cell != "rarer"]
     columns = [f"{cell}: unaided | with a patch | reading kept" for cell in cells]
     lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 3 * len(cells)]
