@@ -46,7 +46,8 @@ def by_arm(record: dict, cell: str) -> dict[str, list[dict]]:
 def retention(record: dict, cell: str, rows: list[dict]) -> list[float]:
     """What is left of the cold start's reading, in each run: of the share of unaided answers whose
     colours are those at the moments that they cite."""
-    return [row["reading"] / record["starts"][cell]["reading"] for row in rows]
+    start = record["starts"][cell]["reading"] or math.nan
+    return [row["reading"] / start for row in rows]
 
 
 def told(values: list[float]) -> str:
