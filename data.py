@@ -5,7 +5,7 @@
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
 Frames are those that a player shows, in its order, and times count from the first of them.
-Sources: FFR Table 8, Video-R1's format; needle videos are ours. Imports no sibling."""
+Sources: FFR Table 8 and Video-R1's format; needle videos are ours. Imports no sibling."""
 
 import argparse
 import json
@@ -32,13 +32,13 @@ import decord
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-# Video-R1's five types, and ours: `exact`, all or nothing on the normalised string.
+# Video-R1's five problem types, and ours: `exact`, all or nothing on the normalized words.
 TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "exact")
-TEXTS = ("problem", "problem_type", "solution", "path")  # a record's fields that must be there
+TEXTS = ("problem", "problem_type", "solution", "path")  # the fields that a record must have
 TRUTHS = ("evidence", "moments", "cue", "look")  # for a scripted teacher or a cold start
 KNOWN = {*TEXTS, *TRUTHS, "problem_id", "options", "data_type", "data_source", "process"}
-MANY = 1000  # videos; more than these are checked before a run, not at its start
-LONG = 2000  # frames; decord seeks in clips that have more
+MANY = 1000  # videos; more than that are checked before a run, not at its start
+LONG = 2000  # frames; only in longer clips does decord seek
 PATIENCE = 60.0  # seconds of work that reading a clip may take
 
 
@@ -53,8 +53,8 @@ class Settings:
 
 
 class DataError(ValueError):
-    """A file, record or video that cannot be used. The message says which, why and what to do;
-    `cause` is the part that all faults of a kind share, by which a check counts them."""
+    """A file, record or video that cannot be used. The message says which one, why, and what to do.
+    `cause` is the part that all faults of a kind share, by which they are counted."""
 
     def __init__(self, where: str, cause: str, remedy: str):
         super().__init__(f"{where}: {cause}{remedy}")
@@ -73,14 +73,14 @@ class Sample:
     problem_type: str
     path: str  # of the video file
     source: str = ""
-    truth: dict = field(default_factory=dict)  # TRUTHS, for a scripted teacher alone to look up
-    record: dict = field(default_factory=dict)  # fields that are not KNOWN, for a teacher's tools
+    truth: dict = field(default_factory=dict)  # TRUTHS, which only a scripted teacher may look up
+    record: dict = field(default_factory=dict)  # all fields that are not KNOWN, for tools
 
 
 def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample]:
-    """Read Video-R1 records, a JSON list or JSON lines. `video_root` comes before each record's
-    `path` (default: the data file's own folder); `skip` is the list that `python data.py` wrote.
-    Raises `DataError` for the first bad record, naming it, the field and the remedy."""
+    """Read Video-R1 records from a JSON list or JSON lines. Each record's `path` starts from
+    `video_root`, or from the data file's own folder. `skip` is a list that `python data.py` wrote.
+    Raises `DataError` for the first bad record, which names it, the field and the remedy."""
     left_out = read_skip_list(skip, path) if skip else {}
     samples = []
     for number, sample in read_records(path, video_root).items():
@@ -90,9 +90,9 @@ def load_samples(path: str, video_root: str = "", skip: str = "") -> list[Sample
     return samples
 
 
-def refuse_faults(found: list, path: str) -> None:
-    """Raise the first `DataError` among these, if there is one, and tell how many there are."""
-    faults = [fault for fault in found if isinstance(fault, DataError)]
+def refuse_faults(results: list, path: str) -> None:
+    """Raise the first `DataError` among the results, if there is one, with their number."""
+    faults = [fault for fault in results if isinstance(fault, DataError)]
     if faults:
         alike = sum(fault.cause == faults[0].cause for fault in faults)
         counts = f"{alike} such, {len(faults)} in all"
@@ -102,7 +102,7 @@ def refuse_faults(found: list, path: str) -> None:
 
 
 def read_skip_list(file: str, path: str) -> dict[str, str]:
-    """The numbers of a data file's records to leave out, each with its reason."""
+    """The numbers of the data file's records to leave out, each with its reason."""
     try:
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
         sha, records = listed["data"], dict(listed["records"])
@@ -125,7 +125,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
-    """By every record's number, from 1, its sample or what is wrong with it."""
+    """By each record's number, from 1: its sample, or what is wrong with it."""
     content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
     if content.startswith(b"["):
         records = parse_json(content, path)
@@ -135,24 +135,24 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
         raise DataError(path, "holds no records", "; give a list of them")
 
     root = Path(video_root or Path(path).parent)
-    found, first = {}, {}
+    results, first_with_id = {}, {}
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"
         try:
             if isinstance(record, bytes):
                 record = parse_json(record, where)
             sample = read_record(record, where, root)
-            other = first.setdefault(sample.id, number)
+            other = first_with_id.setdefault(sample.id, number)
             if other != number:
                 raise DataError(where, "problem_id of", f" record {other}; drop one")
-            found[number] = sample
+            results[number] = sample
         except DataError as fault:
-            found[number] = fault
-    return found
+            results[number] = fault
+    return results
 
 
 def parse_json(text: bytes, where: str):
-    """Raises `DataError` whatever is wrong: numbers of 5,000 digits and deep nesting, too."""
+    """Parse JSON. Raises `DataError` for any fault, also numbers of 5,000 digits or deep nesting."""
     try:
         return json.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -162,7 +162,7 @@ def parse_json(text: bytes, where: str):
 
 
 def read_record(record: dict, where: str, root: Path) -> Sample:
-    """A record's sample. Raises `DataError` where it cannot be asked or answered."""
+    """The sample of a record. Raises `DataError` where it cannot be asked or answered."""
 
     def need(fine: object, cause: str, remedy: str) -> None:
         if not fine:
@@ -200,7 +200,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
 
 
 def reference_fault(answer: str, kind: str, options: list[str]) -> str | None:
-    """Why no answer can be right by a reference; None, too, where reward.py is not beside us."""
+    """Why no answer can be right by a reference, or None; also None where there is no reward.py."""
     try:
         from reward import reference_problem
     except ImportError:
@@ -210,14 +210,14 @@ def reference_fault(answer: str, kind: str, options: list[str]) -> str | None:
 
 # --- videos, in this process ---
 class Decoder:
-    """decord in a process of its own, as a corrupt packet can make it abort or hang: that costs the
-    request and not the run. Serves one thread at a time."""
+    """decord in a process of its own. A corrupt packet can make it abort or hang, which then costs
+    the request and not the run. Serves one thread at a time."""
 
     child: Popen | None = None
 
     def __call__(self, path: str, indices: list | None = None, in_order=False, patience=PATIENCE):
-        """What `read_frames` gives for `indices`, or `open_clip` without. Raises `DataError`, also
-        where that takes over `patience` seconds of the process's own work, or of waiting."""
+        """Call `read_frames` for `indices` there, or `open_clip` without. Raises `DataError`, also
+        where that takes more than `patience` seconds of the process's own work, or of idling."""
         if self.child is None or self.child.poll() is not None:
             command = [sys.executable, __file__, "--decode"]
             ends = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
@@ -225,18 +225,18 @@ class Decoder:
         try:
             pickle.dump((os.path.abspath(path), indices, in_order, patience), self.child.stdin)
             self.child.stdin.flush()
-            fault, found = pickle.load(self.child.stdout)
+            fault, result = pickle.load(self.child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.child.kill()
             fault = ENDS.get(self.child.wait(), BROKEN)
         if fault:
             raise DataError(path, *fault)
-        return found
+        return result
 
 
 class Video:
-    """A video by the indices of its frames, as teacher.py's tools take it. Raises `DataError` where
-    it cannot be read."""
+    """A video, by the indices of its frames, as teacher.py's tools take it. Raises `DataError`
+    where it cannot be read."""
 
     def __init__(self, path: str, decoder: Decoder = Decoder(), patience: float = PATIENCE):
         self.path = str(path)
@@ -253,20 +253,20 @@ class Video:
         return self.times[index]
 
     def uniform(self, num_frames: int) -> list[int]:
-        """`num_frames` indices spread evenly from the first frame to the last (all if fewer)."""
+        """`num_frames` indices, evenly spread from the first frame to the last; all, if fewer."""
         count, last = min(num_frames, len(self)), len(self) - 1
         if count == 1:
             return [0]
         return [round(k * last / (count - 1)) for k in range(count)]
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
-        """These frames at native size, their pixels made square."""
+        """These frames at native size, with square pixels."""
         try:
             frames = self._read(list(indices))
         except DataError as fault:
             if fault.cause in (SLOW[0], MISSING[0]):
                 raise
-            # decord can fail or hang on a batch of which each frame decodes; else this names one.
+            # decord can fail on a batch although each frame decodes. If not, this names the frame.
             frames = [self._read([index])[0] for index in indices]
         images = []
         for frame in frames:
@@ -275,13 +275,13 @@ class Video:
             images.append(image.resize((width, image.height)) if width != image.width else image)
         return images
 
-    @lru_cache(32)  # of all videos together: a frame takes megabytes, and tools look at it again
+    @lru_cache(32)  # for all videos together: a frame takes megabytes, and tools look at it again
     def frame(self, index: int) -> Image.Image:
         return self.frames([index])[0]
 
 
 def fit(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Shrink an image to at most `max_pixels`, keeping its shape; smaller ones stay as they are."""
+    """Shrink an image to at most `max_pixels` and keep its shape. A smaller one stays as it is."""
     scale = (max_pixels / (image.width * image.height)) ** 0.5
     if scale >= 1:
         return image
@@ -312,13 +312,13 @@ PIXEL_ASPECT = rb"\0\0\0\x10pasp(.{4})(.{4})"  # in MP4: a pixel's width, its he
 
 
 def serve_decoder() -> None:
-    """What the process does, until its parent is gone."""
+    """Answer requests until the parent process is gone."""
     while sys.stdin.buffer.peek():
         path, indices, in_order, patience = pickle.load(sys.stdin.buffer)
-        done, fault, found = Event(), None, None
+        done, fault, result = Event(), None, None
         Thread(target=end_if_stuck, args=(done, patience), daemon=True).start()
         try:
-            found = read_frames(path, indices, in_order) if indices else open_clip(path)
+            result = read_frames(path, indices, in_order) if indices else open_clip(path)
         except DataError as error:
             fault = error.cause, error.remedy
         except decord.DECORDLimitReachedError:  # it would repeat a frame
@@ -327,13 +327,13 @@ def serve_decoder() -> None:
             where = f" (frame {indices[0]})" if indices else ""
             fault = "frames do not decode", f"{where}; replace the file"
         done.set()
-        pickle.dump((fault, found), sys.stdout.buffer)
+        pickle.dump((fault, result), sys.stdout.buffer)
         sys.stdout.flush()
 
 
 def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
-    """End this process once it has worked on a request for `patience` seconds, or has not worked
-    for as long. Its own time counts, as on a shared machine the others may be the slow ones."""
+    """End this process after `patience` seconds of work on a request, or as many without any work.
+    CPU time is what counts: wall time would blame the clip for a busy machine."""
     began = worked = time.process_time()
     idle = 0.0
     while not done.wait(tick):
@@ -346,7 +346,7 @@ def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
 
 
 def open_clip(path: str) -> tuple[list[float], bool, float]:
-    """Seconds of each frame, whether they must be read in order, and the pixels' width : height."""
+    """The time of each frame, whether they must be read in order, and a pixel's width : height."""
     header = read_header(path)
     container = "unknown container"  # decord may know it
     for name, magic in CONTAINERS.items():
@@ -356,8 +356,8 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
         raise DataError(path, "an empty file", "; replace it")
     if container == "MPEG transport stream":
         raise DataError(path, f"{container}: decord takes wrong frames of it", f"; {REENCODE}")
-    said_size = int.from_bytes(header[4:8], "little") + 8
-    if container == "AVI" and said_size > os.path.getsize(path):  # decord opens what is left
+    stated_size = int.from_bytes(header[4:8], "little") + 8
+    if container == "AVI" and stated_size > os.path.getsize(path):  # decord opens what is left
         raise DataError(path, "an AVI that is cut short", "; replace the file")
 
     try:
@@ -369,7 +369,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     rising = (times[1:] > times[:-1]).all()
     if not rising or abs(times).max() > 1e6:
         raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
-    shown = times[times >= 0]  # frames before 0 are decoded and hidden: a clip cut without encoding
+    shown = times[times >= 0]  # a clip that was cut without encoding hides what comes before 0
     keys = reader.get_key_indices()
     if len(shown) < len(times):
         in_order = True
@@ -381,7 +381,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
 
 
 def name_fault(path: str, container: str, header: bytes, error: str) -> DataError:
-    """What is wrong with a file that decord does not open, by its codec as the header names it."""
+    """Why decord does not open a file, with its container and the codec that its header names."""
     if container == "unknown container":
         return DataError(path, "no video file", "; replace it")
     codec = re.search(CODEC, header, re.DOTALL)
@@ -393,7 +393,7 @@ def name_fault(path: str, container: str, header: bytes, error: str) -> DataErro
 
 
 def read_header(path: str, size: int = 2**16) -> bytes:
-    """The bytes that describe a file's streams: its first ones, with those of an MP4's `moov`."""
+    """The bytes that describe a file's streams: the first ones, and of an MP4 the `moov` box."""
     with open(path, "rb") as file:
         header = box = file.read(size)
         at = 0
@@ -412,7 +412,7 @@ def read_header(path: str, size: int = 2**16) -> bytes:
 
 
 def pixel_aspect(header: bytes) -> float:
-    """A pixel's width over its height, 1 where the file does not tell."""
+    """A pixel's width over its height; 1 where the file does not say."""
     pixel = re.search(PIXEL_ASPECT, header, re.DOTALL)
     if not pixel:
         return 1.0
@@ -421,30 +421,30 @@ def pixel_aspect(header: bytes) -> float:
 
 
 def open_reader(path: str) -> decord.VideoReader:
-    """A reader for one request alone: while idle it decodes ahead into memory, and what it finds
-    depends on what it has read. It fails where it would repeat a frame for a missing one."""
+    """A reader for a single request, as an idle one decodes ahead into memory, and what a used one
+    finds depends on what it has read. It fails where it would repeat a frame for a missing one."""
     return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
 
 
 def seeks_right(path: str, keys: list[int]) -> bool:
-    """Whether decord finds by seeking what comes there in order, tried at the first key frames. It
-    does not behind open groups of pictures, as encoders of HEVC like to make them."""
-    places = [key for key in keys[1:9] if key <= 500]
-    if not places:
+    """Does decord find the same frames by seeking as in order? Tried at the first key frames. It
+    seeks wrong behind open groups of pictures, which are common in HEVC."""
+    tried = [key for key in keys[1:9] if key <= 500]
+    if not tried:
         return True
     try:
-        in_order = read_frames(path, places, in_order=True)
+        in_order = read_frames(path, tried, in_order=True)
     except (decord.DECORDError, RuntimeError):
-        return True  # a damaged place: asked for, it is named
+        return True  # damaged there; a request for that frame will say so
     try:
-        by_seeking = read_frames(path, places, in_order=False)
+        by_seeking = read_frames(path, tried, in_order=False)
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError):
         return False
     return all((one == other).all() for one, other in zip(in_order, by_seeking))
 
 
 def read_frames(path: str, indices: list[int], in_order: bool):
-    """Frames as (height, width, 3) uint8, by their index among those that are shown."""
+    """Frames, each (height, width, 3) in uint8, by their index among those that are shown."""
     reader = open_reader(path)
     if not in_order:
         return reader.get_batch(indices).asnumpy()
@@ -458,7 +458,7 @@ def read_frames(path: str, indices: list[int], in_order: bool):
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
 def look_at(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -> dict:
-    """By path, after decoding `num_frames`: number of frames and seconds, or the `DataError`."""
+    """Decode `num_frames` of each video. By path: its frames and seconds, or the `DataError`."""
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # the job may have fewer than the machine
         cpus = len(os.sched_getaffinity(0))
@@ -481,7 +481,7 @@ def look_at(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -
 
 
 def stamp(path: str) -> list:
-    """What tells whether a file is as it was: its size and time."""
+    """A file's size and time, which tell whether it has changed."""
     facts = os.stat(path)
     return [facts.st_size, facts.st_mtime_ns]
 
@@ -489,8 +489,8 @@ def stamp(path: str) -> list:
 def refuse_broken(
     samples: list[Sample], file: str, skip: str = "", patience: float = PATIENCE
 ) -> None:
-    """Raise `DataError` where a video does not open. Those that `python data.py` has opened are
-    trusted; over MANY others it wants to open first, as the other processes would wait here."""
+    """Raise `DataError` where a video does not open. Those that `python data.py` has opened before
+    are trusted. If more than MANY others are left, that comes first: all processes wait here."""
     try:
         listed = json.loads(Path(skip or f"{file}.skip.json").read_text(encoding="utf-8"))
         seen = dict(listed["videos"])
@@ -508,7 +508,7 @@ def refuse_broken(
 
 
 def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
-    """Read every record, open every video; write FILE.skip.json and print a table."""
+    """Read every record and open every video. Writes FILE.skip.json and prints a table."""
     sha, records = digest(file), read_records(file, video_root)
     samples = [sample for sample in records.values() if isinstance(sample, Sample)]
     paths = list({sample.path: None for sample in samples})
@@ -522,24 +522,24 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
             fine.append(sample)
 
     opened = [path for path in seen if not isinstance(seen[path], DataError)]
-    found = {
+    skip_list = {
         "data": sha,
         "records": {number: str(fault) for number, fault in faults.items()},
         "videos": {os.path.abspath(path): stamp(path) for path in opened},
     }
-    listed = Path(f"{file}.skip.json")
-    listed.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    written = Path(f"{file}.skip.json")
+    written.write_text(json.dumps(skip_list, indent=1, ensure_ascii=False), encoding="utf-8")
     print_table(fine, [seen[sample.path] for sample in fine])
     examples = {fault.cause: fault for fault in reversed(faults.values())}
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
     print(f"{len(fine)} of {len(records)} records are fine; nothing has to be edited:")
-    print(f"`train.py --data {file} --skip {listed}` leaves the others out.")
+    print(f"`train.py --data {file} --skip {written}` leaves the others out.")
 
 
 def print_table(samples: list[Sample], facts: list[tuple]) -> None:
-    """What the fine records are."""
+    """Describe the records that are fine."""
     for name in ("problem_type", "source"):
         counts = Counter(getattr(sample, name) for sample in samples).most_common()
         print(f"  {name:14}" + ", ".join(f"{value or '(none)'} {count}" for value, count in counts))
@@ -595,8 +595,9 @@ def moment_time(moment: int) -> str:
 
 
 def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (-1, 0, 1)) -> str:
-    """Write `n` needle videos and their records; returns the records' path. A moment shows a square
-    of two colours, one is flashed; asked are the colours of a moment relative to the flash."""
+    """Write `n` needle videos and their records; returns the records' path. Each moment shows a
+    two-coloured square, and at one moment the background flashes. The question asks for the colours
+    at the flash, or at a moment before or after it, by `relations`."""
     rng, root = random.Random(seed), Path(folder)
     margin = max(abs(relation) for relation in relations)
     root.mkdir(parents=True, exist_ok=True)
@@ -617,14 +618,14 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
 
 
 def draw_scene(rng: random.Random) -> tuple[int, int, str, str]:
-    """What a moment shows: where its square is (left, top), the colours of its ring and core."""
+    """What a moment shows: the left and top of its square, and the colours of its ring and core."""
     left, top = rng.randrange(4, 60), rng.randrange(4, 48)
     ring, core = rng.choices(list(COLOURS), k=2)
     return left, top, ring, core
 
 
 def paint_frame(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> Image.Image:
-    """The square over noise, which a flash brightens, and a bar that tells the time."""
+    """A frame: the square over noise, which a flash brightens, and a bar that shows the time."""
     x, y, ring, core = scene
     brightness = 195 if flashed else 85
     noise = Image.frombytes("L", (16, 16), rng.randbytes(256))
@@ -638,7 +639,7 @@ def paint_frame(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> 
 
 
 def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> dict:
-    """The question for the colours that lie `relation` moments from the flash at `cue`."""
+    """The record that asks for the colours `relation` moments after the flash, at moment `cue`."""
     _, _, ring, core = scenes[cue + relation]
     return {
         "problem_id": name,
@@ -657,7 +658,7 @@ def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> di
 
 
 def needle_evidence(cue: int, look: int, scenes: list[tuple]) -> list[dict]:
-    """For a scripted teacher: what to say of the flash, the moment, the square."""
+    """For a scripted teacher, in this order: where the flash is, how to count, where to look."""
     x, y, _, _ = scenes[look]
     corners = (x - 4, y - 4, x + 68, y + 68)
     box = [round(corner / NEEDLE_SIZE, 2) for corner in corners]
@@ -682,7 +683,7 @@ def needle_evidence(cue: int, look: int, scenes: list[tuple]) -> list[dict]:
 
 # --- the AVI writer ---
 def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
-    """Write frames as a Motion-JPEG AVI: a real video file with Pillow's JPEG encoder alone."""
+    """Write frames as a Motion-JPEG AVI, a real video file, with no more than Pillow's encoder."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return name + pack("<I", len(body)) + body

@@ -12,14 +12,14 @@
 A round is `find_fix_reason`:
 
     first_pass          samples τ_i ~ π_old(· | x), i = 1 … G; `judge` gives z_i (by reward.py)
-    find_and_fix        asks the teacher about those with z_i = 0, all together: c_i
+    find_and_fix        asks the teacher, in one call, for a patch c_i for each τ_i with z_i = 0
     reason_again        samples τ*_i ~ π_old(· | x, c_i)
     choose_and_reward   gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
 
-The caller sets the advantages; `episodes` hands each τ̂_i to the update under the prompt that it
-answers. So a τ* is on-policy under another observation: π_θ, π_old and π_ref all take its log-probs
-under (x, c).
-The file needs teacher.py, reward.py, grpo.py and data.py beside it, and not train.py.
+The caller sets the advantages. Then `episodes` hands each τ̂_i to the update, under the prompt that
+it answers: a τ* is on-policy, but under another observation. So π_θ, π_old and π_ref all take its
+log-probs under (x, c). The file needs teacher.py, reward.py, grpo.py and data.py beside it, but not
+train.py.
 """
 
 import argparse
@@ -51,7 +51,15 @@ from grpo import (
     load_sampling,
     with_positions,
 )
-from reward import SUFFIXES, Score, alignment, answers, gate, robust_improvement_reward, score
+from reward import (
+    SUFFIXES,
+    Score,
+    alignment,
+    answers_correctly,
+    gate,
+    robust_improvement_reward,
+    score,
+)
 from teacher import Case, EvidencePatch, TeacherError, load_teacher
 from teacher import Settings as TeacherSettings
 
@@ -63,7 +71,7 @@ your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 
 @dataclass
 class Student:
-    """π_θ, and how it sees and answers."""
+    """π_θ, and how it sees videos and samples answers."""
 
     model: torch.nn.Module  # unwrapped
     processor: object
@@ -80,11 +88,11 @@ class Question:
     indices: list[int]  # original frames shown to the student
     frames: list[Image.Image]
     prompt: dict | None = None  # x as model inputs
-    counts: bool = True  # False: stands in for a record that could not be opened, trains nothing
+    is_placeholder: bool = False  # for a record that does not open: makes calls, trains nothing
 
     @property
     def spacing(self) -> float:
-        """Mean seconds between two shown frames."""
+        """The mean time between two shown frames, in seconds."""
         first, last = self.video.seconds(self.indices[0]), self.video.seconds(self.indices[-1])
         return (last - first) / max(len(self.indices) - 1, 1)
 
@@ -101,11 +109,11 @@ class Rollout:
 
 @dataclass
 class Chosen:
-    """A place in a question's group: the first answer, its repair if there is one, and which of
-    the two is trained, with which reward."""
+    """One of a group's G members: the first answer, its repair if there is one, and with which
+    reward the chosen one of the two is trained."""
 
     question: Question
-    place: int
+    index: int  # in the group
     unaided: Rollout  # τ
     patch: EvidencePatch | None = None  # c, where τ failed and the teacher helped
     error: TeacherError | None = None  # why a failed τ got no patch
@@ -121,8 +129,8 @@ class Chosen:
         return self.unaided if self.repaired is None else self.repaired
 
 
-# What the teacher is to the round: failed cases in, as many patches or reasons why not out. That no
-# patch tells y is its own business: teacher.py's `diagnose` with reward.py's `gate`.
+# The teacher, as the round sees it: failed cases go in; a patch comes out for each, or why there is
+# none. That no patch tells y is its own business: teacher.py's `diagnose`, reward.py's `gate`.
 Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
 
 
@@ -136,10 +144,10 @@ def find_fix_reason(
     lam: float,
     seed: tuple,
 ) -> list[list[Chosen]]:
-    """One round for a batch of questions: of each question, `num_rollouts` chosen rollouts.
+    """One round for a batch of questions. Returns a group of `num_rollouts` members for each.
 
-    Without a `teacher` it is plain GRPO's. Each rollout is seeded by (seed, sample, place, "first"
-    or "again"), so it does not depend on the others. The caller computes the advantages.
+    Without a `teacher` this is a round of plain GRPO. Each rollout is seeded by (seed, sample id,
+    index, "first" or "again"), so it does not depend on the others. The caller sets advantages.
     """
     groups = first_pass(student, questions, num_rollouts, seed)
     if teacher is not None:
@@ -155,32 +163,32 @@ def first_pass(
     """Sample τ_i ~ π_old(· | x), i = 1 … G, for each question, and verify it: z_i."""
     prompts = [question.prompt for question in questions]
     seeds = [
-        [seed_of(seed, question.sample.id, place, "first") for place in range(num_rollouts)]
+        [seed_of(seed, question.sample.id, index, "first") for index in range(num_rollouts)]
         for question in questions
     ]
     groups = []
     completions = generate(student.model, prompts, seeds, student.sampling)
     for question, its_completions in zip(questions, completions):
         group = []
-        for place, completion in enumerate(its_completions):
+        for index, completion in enumerate(its_completions):
             unaided = judge(student, question, question.prompt, completion)  # its score has z_i
-            group.append(Chosen(question, place, unaided))
+            group.append(Chosen(question, index, unaided))
         groups.append(group)
     return groups
 
 
 def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
-    """A completion as text, with its score: R, R_fmt, and z, whether the answer is right."""
+    """Decode a completion and score it: R, R_fmt, and z, whether the answer is right."""
     text, sample = decode(student, completion.ids), question.sample
     return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
 
 
 def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> list[Chosen]:
-    """Ask the teacher about all failures of the round together: c_i = T(x, y, τ_i) where z_i = 0.
-    Each gets a patch, or the error that says why there is none. Returns those with a patch."""
+    """Ask the teacher about all failures of the round at once: c_i = T(x, y, τ_i) where z_i = 0.
+    Sets the `patch` of each, or the `error` that says why there is none. Returns those with one."""
     failures = []
     for chosen in flat(groups):
-        if chosen.question.counts and not chosen.unaided.score.correct:
+        if not chosen.unaided.score.correct and not chosen.question.is_placeholder:
             failures.append(chosen)
     if not failures:
         return []
@@ -201,39 +209,38 @@ def reason_again(
 ) -> None:
     """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it.
 
-    Failures of one question with equal patches share a prompt. A patch that makes no prompt (too
-    long, or a frame does not decode) costs its failures their repair.
+    Failures of one question with equal patches share a prompt. Where no prompt can be made of a
+    patch (it is too long, or a frame does not decode), its failures stay without a repair.
     """
     by_prompt = {}
     for chosen in patched:
         by_prompt.setdefault(prompt_key(chosen), []).append(chosen)
 
     prompts, seeds, sharing = [], [], []
-    for places in by_prompt.values():
-        question, patch = places[0].question, places[0].patch
+    for failures in by_prompt.values():
+        question, patch = failures[0].question, failures[0].patch
         try:
             prompts.append(encode(student, question, patch))
         except ValueError as error:
-            for chosen in places:
+            for chosen in failures:
                 chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
             continue
-        seeds.append([seed_of(seed, question.sample.id, c.place, "again") for c in places])
-        sharing.append(places)
+        seeds.append([seed_of(seed, question.sample.id, c.index, "again") for c in failures])
+        sharing.append(failures)
 
     if is_sharded(student.model):
-        # Every rank adds a patched prompt, so that all make the same calls; its answer is dropped.
+        # Every rank adds a patched prompt, so that all make the same calls. `zip` drops its answer.
         prompts.append(stand_in(student, questions[0]))
         seeds.append([0])
     completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
-    for prompt, places, its_completions in zip(prompts, sharing, completions):
-        for chosen, completion in zip(places, its_completions):
+    for prompt, failures, its_completions in zip(prompts, sharing, completions):
+        for chosen, completion in zip(failures, its_completions):
             chosen.repaired = judge(student, chosen.question, prompt, completion)
 
 
 def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """Reward τ̂_i, `Chosen.rollout`. A τ_i (right, or without a patch) has R̃_i = R + R_fmt, and a
-    τ*_i has R̃_i = R + R_fmt − κ, plus λ · align if it is right. The sum is taken in reward.py,
-    `robust_improvement_reward`."""
+    """Set R̃_i, the reward of each τ̂_i, which is `Chosen.rollout`. For a τ_i (right, or without a
+    patch) R̃_i = R + R_fmt. For a τ*_i R̃_i = R + R_fmt − κ, plus λ · align if it is right."""
     for chosen in flat(groups):
         repaired_score = None
         if chosen.repaired is not None:
@@ -247,12 +254,11 @@ def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> N
 
 
 def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
-    """A round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
-    τ̂_i: under x where it is a τ_i, under (x, c_i) where it is a τ*_i. What does not count has
-    weight 0."""
+    """The round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
+    τ̂_i, under x where it is a τ_i, under (x, c_i) where it is a τ*_i."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
     patched_numbers = {}
-    found = []
+    trained = []
     for question_number, group in enumerate(groups):
         for chosen in group:
             prompt_number = question_number
@@ -260,7 +266,7 @@ def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
                 next_number = len(groups) + len(patched_numbers)
                 prompt_number = patched_numbers.setdefault(prompt_key(chosen), next_number)
                 prompts[prompt_number] = chosen.repaired.prompt  # (x, c_i)
-            weight = float(chosen.question.counts)
+            weight = float(not chosen.question.is_placeholder)
             episode = Episode(
                 question=question_number,
                 prompt=prompt_number,
@@ -269,12 +275,12 @@ def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
                 advantage=chosen.advantage * weight,
                 weight=weight,
             )
-            found.append(episode)
-    return prompts, found
+            trained.append(episode)
+    return prompts, trained
 
 
 def prompt_key(chosen: Chosen) -> tuple[str, str]:
-    """What tells patched prompts apart: the question and the patch as the student sees it."""
+    """Two patched prompts with the same key are the same prompt."""
     return chosen.question.sample.id, repr(chosen.patch)
 
 
@@ -287,8 +293,8 @@ def seed_of(*parts) -> int:
 
 
 def decode(student: Student, ids: torch.Tensor) -> str:
-    """A completion's text. Only ends, padding and vision tokens are dropped: some tokenizers hold
-    <think> and <answer> as special tokens too, and these are what the reward looks for."""
+    """A completion's text without EOS, padding and vision tokens. Other special tokens stay, since
+    for some tokenizers <think> and <answer> are such, and the reward looks for these."""
     sampling = student.sampling
     dropped = {*sampling.eos_ids, sampling.pad_id, *sampling.suppressed_ids}
     kept = [token for token in ids.tolist() if token not in dropped]
@@ -296,7 +302,7 @@ def decode(student: Student, ids: torch.Tensor) -> str:
 
 
 def case_of(question: Question, response: str) -> Case:
-    """S_i = (x, y, τ_i), what the teacher is given."""
+    """S_i = (x, y, τ_i), which is what the teacher is given."""
     sample = question.sample
     return Case(
         id=sample.id,
@@ -312,16 +318,16 @@ def case_of(question: Question, response: str) -> Case:
 
 @torch.no_grad()
 def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
-    """A diagnostic: what each repair owes to its patch, the mean over the tokens of τ* of
-    log p(τ*|x) − log p(τ*|x, c), below 0 where the patch made τ* likelier. One forward; the caller
-    autocasts."""
+    """Measure what each repair owes to its patch: the mean over the tokens of τ* of
+    log p(τ* | x) − log p(τ* | x, c), which is below 0 where the patch made τ* likelier. Takes one
+    forward; the caller autocasts."""
     repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
-    scored = repaired or flat(groups)[:1]  # sharded ranks must all make the call
-    prompts, found = {}, []
-    for number, chosen in enumerate(scored):  # each counts as a question of its own here
+    scored = repaired or flat(groups)[:1]  # where sharded, every rank must make the call
+    prompts, under_x = {}, []
+    for number, chosen in enumerate(scored):
         prompts[number] = chosen.question.prompt
-        found.append(Episode(number, number, chosen.rollout.completion.ids))
-    logps, _ = batched_logps(student.model, prompts, found, student.sampling)
+        under_x.append(Episode(number, number, chosen.rollout.completion.ids))
+    logps, _ = batched_logps(student.model, prompts, under_x, student.sampling)
     for chosen, padded in zip(repaired, logps):
         patched = chosen.repaired.completion.logps
         chosen.reliance = (padded[: len(patched)] - patched).mean().item()
@@ -334,11 +340,13 @@ class View:
 
     prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
     num_frames: Annotated[int, "frames of the video that the student sees"] = 16
-    frame_pixels: Annotated[int, "at most so many pixels in each of them"] = 128 * 28 * 28
-    picture_pixels: Annotated[int, "at most so many pixels in each picture of a patch"] = 401408
+    frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
+    picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
     patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
     max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    decode_patience: Annotated[float, "seconds of work to read a clip in (ours)"] = PATIENCE
+    decode_patience: Annotated[float, "seconds of work that a clip may take to read (ours)"] = (
+        PATIENCE
+    )
 
 
 @dataclass
@@ -361,15 +369,15 @@ def open_question(student: Student, sample: Sample) -> Question:
 
 
 def user_turn(text: str, evidence: list[dict]) -> list[dict]:
-    """Where the evidence stands: after the question, whose text it leaves as it is. The video comes
-    first: rollouts share what their prompts begin with."""
+    """The video, the question and, behind it, the evidence: the question's text stays the same with
+    and without. The video comes first, as rollouts share what their prompts begin with."""
     if evidence:
         text += "\n\n"
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
 
 
 def render_question(student: Student, sample: Sample, evidence: list[dict] = ()) -> str:
-    """The prompt's text: the video, the question and, if there is some, the evidence."""
+    """The prompt as text: the video, the question and, if there is any, the evidence."""
     values = {
         "question": sample.question,
         "options": "\n".join(sample.options),
@@ -381,7 +389,7 @@ def render_question(student: Student, sample: Sample, evidence: list[dict] = ())
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
-    """The patch as parts of a chat: its text, then each picture below its label."""
+    """The patch as parts of a chat: its text, then each picture behind its label."""
     parts = [{"type": "text", "text": patch_text(patch, video, spacing, corners=not pictures)}]
     if pictures:
         for label, image in patch_pictures(patch, video, spacing):
@@ -391,7 +399,7 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
 
 
 def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool) -> str:
-    """Moments, regions (by their `corners` where they are not drawn) and guidance, in words."""
+    """The patch in words: moments, regions (with `corners` if no picture shows them), guidance."""
     lines = [f"Evidence ({patch.error_type}):"]
     if patch.spans:
         moments = [moment_text(patch, video, spacing, *span) for span in patch.spans]
@@ -407,9 +415,9 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
-    """When frames `first` to `last` are shown, as Qwen3-VL's processor writes times; one time where
-    the student's view has no more than one frame there. Empty where the question asks for a time
-    (`show_times` is False; such a patch has no spans)."""
+    """The time of frames `first` to `last`, written as Qwen3-VL's processor writes times. It is one
+    time if the student sees at most one frame in between. It is empty where the question asks for
+    a time: then `show_times` is False and there are no spans."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
@@ -417,8 +425,8 @@ def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> s
 
 
 def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[tuple]:
-    """(label, picture) of each key frame, its regions drawn, and of each region, cut out; all at
-    native size."""
+    """(label, picture) of each key frame, with its regions drawn, and of each region, cut out. All
+    at native size."""
     frames = {frame: video.frame(frame).copy() for frame in patch.key_frames}
     crops = []
     for region in patch.regions:
@@ -439,14 +447,14 @@ def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[t
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
-    """The prompt as model inputs, one row. Raises ValueError where it exceeds `max_prompt_length`
-    tokens: cutting it would cut vision tokens off their pixels."""
+    """The prompt as model inputs, one row. Raises ValueError if it exceeds `max_prompt_length`
+    tokens, since cutting it would separate vision tokens from their pixels."""
     view, video = student.view, question.video
     evidence = []
     if patch is not None:
         evidence = render_patch(patch, video, question.spacing, view.patch_pictures)
     pictures = [fit(part["image"], view.picture_pixels) for part in evidence if "image" in part]
-    # Processors take index / fps for a frame's time, so we give the index that makes it true.
+    # Processors take index / fps for a frame's time, so we give the index that makes this true.
     indices = [video.seconds(index) * video.fps for index in question.indices]
     duration = len(video) / video.fps
     inputs = student.processor(
@@ -469,14 +477,14 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
 
 
 def stand_in(student: Student, question: Question) -> dict:
-    """A patched prompt, for a rank that must make a call without having a repair of its own."""
+    """A patched prompt for a rank that must make a call although it has no repair."""
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
 # --- a repair as a picture ---
 def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
-    """A repair in the order of the method, as a picture 1,200 px wide in `file`, a .png, and as
-    text, in a .txt beside it and returned."""
+    """Draw a repair in the order of the method, 1,200 px wide, as the .png `file`. The same as text
+    is written to a .txt beside it, and returned."""
     sections = repair_sections(chosen, kappa, lam)
     text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -486,20 +494,22 @@ def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
 
 
 def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
-    """(heading, text, pictures with their labels) of each step of a repair."""
+    """(heading, text, labelled pictures) of each step of a repair."""
     question, patch, repaired = chosen.question, chosen.patch, chosen.repaired
     sample, score = question.sample, repaired.score
-    asked = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
+    problem = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
-    seen = "pixel_values" in repaired.prompt  # or the student got a patch without pictures
-    evidence = patch_text(patch, question.video, question.spacing, corners=not seen)
-    pictures = patch_pictures(patch, question.video, question.spacing) if seen else []
+    with_pictures = "pixel_values" in repaired.prompt
+    evidence = patch_text(patch, question.video, question.spacing, corners=not with_pictures)
+    pictures = []
+    if with_pictures:
+        pictures = patch_pictures(patch, question.video, question.spacing)
     reward = f"R {score.accuracy:.2f} + R_fmt {score.format:.2f} - kappa {kappa:.2f}"
     if lam * score.correct * chosen.align:
         reward += f" + lambda {lam:.2f} x align {chosen.align:.2f}"
     verdict = "right" if score.correct else "wrong"
     return [
-        (f"Question ({sample.problem_type})", asked, []),
+        (f"Question ({sample.problem_type})", problem, []),
         ("The student sees", "", [*zip(times, question.frames)]),
         ("First answer, wrong", chosen.unaided.text.strip(), []),
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
@@ -510,7 +520,7 @@ def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
 
 
 def draw_page(sections: list[tuple]) -> Image.Image:
-    """Headings, texts and rows of labelled pictures, one below the other."""
+    """Lay out headings, texts and rows of labelled pictures, one below the other."""
     page = Image.new("RGB", (1200, 8000), "white")
     pen = ImageDraw.Draw(page)
     font, heading_font = ImageFont.load_default(19), ImageFont.load_default(23)
@@ -548,12 +558,12 @@ class Query:
 
 
 def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentParser:
-    """A parser of settings dataclasses, each a group of --help by the first words of its docstring.
-    What a field is for stands in its annotation; `tiny` are tiny mode's defaults, shown too."""
-    for room in classes:
-        room._argument_group_name = room.__doc__.partition(".")[0]
-        hints = get_type_hints(room, include_extras=True)
-        for setting in fields(room):
+    """A parser of settings dataclasses. Each is a group of --help, named by the first words of its
+    docstring. A field's help is in its annotation; `tiny` has tiny mode's defaults, shown too."""
+    for settings_class in classes:
+        settings_class._argument_group_name = settings_class.__doc__.partition(".")[0]
+        hints = get_type_hints(settings_class, include_extras=True)
+        for setting in fields(settings_class):
             (text,) = hints[setting.name].__metadata__
             if setting.default not in ("", PROMPT, MISSING):
                 other = f"; tiny mode {tiny[setting.name]}" if setting.name in tiny else ""
@@ -565,12 +575,12 @@ def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentPar
 
 
 def explain(arguments: list[str]) -> None:
-    """One round on a video of one's own: prints what is repaired and draws it as OUT/why.png."""
+    """One round on a video of your own. Prints what is repaired and draws it as OUT/why.png."""
     config = read_query(arguments)
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         student = load_student(config)
-        teach = load_teacher(config, student.model.device, gate, answers, evidence={})
+        teach = load_teacher(config, student.model.device, gate, answers_correctly, evidence={})
         question = open_question(student, sample_of(config))
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
@@ -600,10 +610,10 @@ def explain(arguments: list[str]) -> None:
 
 
 def read_query(arguments: list[str]) -> argparse.Namespace:
-    """The command's settings; exits with one sentence where they cannot be meant."""
-    rooms = [Query, View, Method, SamplingSettings, TeacherSettings]
+    """The command's settings; exits with one sentence where they make no sense."""
+    classes = [Query, View, Method, SamplingSettings, TeacherSettings]
     usage = "ffr.py VIDEO --question Q --answer A --model M --teacher_model T [settings]"
-    parser = settings_parser(rooms, prog="ffr.py", usage=usage, description=explain.__doc__)
+    parser = settings_parser(classes, prog="ffr.py", usage=usage, description=explain.__doc__)
     parser.add_argument("video", help="before any of the settings")
     parser.set_defaults(teacher="local")
     config = parser.parse_args(arguments)
@@ -618,7 +628,7 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
 
 
 def checks_of_round(c) -> list[tuple]:
-    """(is it refused, why) for the settings of a round, a student and a teacher."""
+    """(is it refused, why) for each rule on the settings of a round, a student and a teacher."""
     return [
         (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
@@ -633,7 +643,8 @@ def load_student(config) -> Student:
     logging.disable_progress_bar()
     model, processor = load_policy(config.model)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return Student(model.to(device), processor, load_sampling(config, model, processor), config)
+    sampling = load_sampling(config, model, processor)
+    return Student(model.to(device), processor, sampling, view=config)
 
 
 def sample_of(config) -> Sample:

@@ -1,15 +1,18 @@
 """Group Relative Policy Optimization (GRPO) on any transformers vision-language model.
 
     q     a question              `prompt`: what a processor returns for one conversation, (1, L)
-                                  each but for pixels and grids, and its `position_ids`
-    o_i   an answer to it         `Completion` as sampled, `Episode` as trained; T tokens
-    π_θ, π_old, π_ref             `model`, `old_logps` (before a step's update), `reference`
+                                  each except pixels and grids, with its `position_ids`
+    o_i   an answer to it         `Completion` as it was sampled, `Episode` as it is trained; (T,)
+    π_θ, π_old, π_ref             `model`, `old_logps` (before the update), `reference`
     A_i, r_t, J(θ)                `group_advantages`, `ratio`, minus `grpo_loss`
     ε, β, μ                       `epsilon`, `beta`, `num_updates` of `Objective`
 
-A step is `generate`, a reward R̃_i for each completion (yours), `group_advantages`, `update`.
+A step is `generate`, a reward R̃_i for each completion (yours), `group_advantages`, `update`. The
+plain way to score one completion is `completion_logps`; `update` scores many at once by
+`batched_logps`, the last part of this file, which gives the same numbers.
+
 Sources: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4; FFR (arXiv 2604.16243) eq. J(θ), whose chosen
-completions are τ̂_i; Dr. GRPO. The file works alone, with transformers from 5.24 on.
+completions are τ̂_i; Dr. GRPO. The file needs no sibling, and transformers from 5.24 on.
 """
 
 import os
@@ -44,16 +47,16 @@ class SamplingSettings:
 
 @dataclass
 class Sampling(SamplingSettings):
-    """The same with a checkpoint's own ids. A temperature of 0 is greedy."""
+    """The same, with a checkpoint's own ids. A temperature of 0 samples greedily."""
 
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
-    suppressed_ids: tuple[int, ...] = ()  # never sampled: a vision token claims missing pixels
+    suppressed_ids: tuple[int, ...] = ()  # never sampled: vision tokens without pixels, padding
 
 
 @dataclass
 class Objective:
-    """What an update maximizes, and in which portions."""
+    """What an update maximizes, and how much of it at once."""
 
     epsilon: Annotated[float, "ε of the clip (ours: the paper names none)"] = 0.2
     beta: Annotated[float, "β, weight of KL(π_θ ‖ π_ref); 0 loads no reference model"] = 0.04
@@ -68,8 +71,8 @@ GREETING = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
 
 
 def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
-    """A video VLM from a folder or the hub, and its processor. Weights are fp32: bf16 ones would
-    round updates of 5e-6 away. Raises ValueError, one sentence, where it cannot be trained."""
+    """Load a video VLM and its processor from a folder or the hub. Weights are fp32, as bf16 would
+    round updates of 5e-6 away. Raises ValueError where the model cannot be trained."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -104,7 +107,7 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
 
 
 def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
-    """`settings` with a checkpoint's ids: each EOS ends; vision and padding are suppressed."""
+    """The settings with a checkpoint's ids: every EOS ends, vision and padding are suppressed."""
     tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -123,28 +126,29 @@ def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
 
 # --- sampling ---
 class Completion(NamedTuple):
-    ids: Tensor  # (T,) with the end that was sampled
-    logps: Tensor  # (T,) log π of each
-    entropy: Tensor  # (T,) of π before each
-    finished: bool  # was an end sampled?
+    ids: Tensor  # (T,) with the EOS, if one was sampled
+    logps: Tensor  # (T,) log π of each token
+    entropy: Tensor  # (T,) of π before each token
+    finished: bool  # was an EOS sampled?
 
 
 def policy_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (…, V), fp32, whose softmax is π: at the temperature, suppressed ids masked. Not
-    top-p: it truncates what is sampled, while r_t is of the full softmax, as usual."""
+    """Logits (…, V) in fp32 whose softmax is π: over the temperature, suppressed ids masked. Top-p
+    is left out: it truncates what is sampled, while r_t compares full softmaxes, as usual."""
     logits = logits.float() / (sampling.temperature or 1.0)
     logits[..., list(sampling.suppressed_ids)] = -torch.inf
     return logits
 
 
-def sample_token(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
-    """Next tokens, their log-probs and the entropy of π, each (B, 1), from logits (B, V). `chance`
-    (B, 1) in [0, 1) points into the nucleus: the fewest tokens whose mass reaches top-p."""
+def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple:
+    """Sample next tokens from logits (B, V). Returns tokens, log-probs, entropies of π: (B, 1).
+    `uniform` (B, 1) in [0, 1) goes through the inverse CDF of the nucleus, which is the fewest
+    tokens whose mass reaches top-p."""
     logps = policy_logits(logits, sampling).log_softmax(-1)
     entropy = -(logps.exp() * logps.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
     nucleus = TopPLogitsWarper(sampling.top_p)(None, logps).softmax(-1)
     mass = nucleus.cumsum(-1)
-    token = torch.searchsorted(mass / mass[:, -1:], chance, right=True)
+    token = torch.searchsorted(mass / mass[:, -1:], uniform, right=True)
     if sampling.temperature == 0:
         token = logps.argmax(-1, keepdim=True)
     return token, logps.gather(-1, token), entropy
@@ -152,34 +156,34 @@ def sample_token(logits: Tensor, chance: Tensor, sampling: Sampling) -> tuple:
 
 @torch.no_grad()
 def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampling) -> list[list]:
-    """Sample completions: for each prompt a list of a `Completion` for each of its seeds.
+    """Sample completions. Returns for each prompt a list with a `Completion` for each of its seeds.
 
-    A prompt is read once. Each completion has its own seed, so it does not depend on the rest of
-    the batch. `model` is unwrapped; the caller autocasts. Another sampler has this signature too.
+    Each prompt is read once. Each completion has its own seed, so it does not depend on the rest of
+    the batch. `model` is unwrapped; the caller autocasts. A sampler of your own has this signature.
     """
     model.eval()
     batch = left_pad(prompts, sampling.pad_id)
-    device, most = batch["input_ids"].device, sampling.max_completion_length
-    owner = [number for number, its_seeds in enumerate(seeds) for _ in its_seeds]
-    owner = torch.tensor(owner, device=device)  # (B,) the prompt of each completion
+    device, max_length = batch["input_ids"].device, sampling.max_completion_length
+    prompt_of = [number for number, its_seeds in enumerate(seeds) for _ in its_seeds]
+    prompt_of = torch.tensor(prompt_of, device=device)  # (B,) the prompt of each completion
     sources = [torch.Generator().manual_seed(seed) for its_seeds in seeds for seed in its_seeds]
-    chances = [torch.rand(most, 1, generator=source) for source in sources]
+    uniforms = [torch.rand(max_length, 1, generator=source) for source in sources]
     eos_ids = torch.tensor(sampling.eos_ids, device=device)
 
     sampled = []
     with gathered_once(model) as any_rank:
         out = model(**batch, cache=OneDtypeCache(config=model.config), logits_to_keep=1)
-        out.cache.reorder_cache(owner)  # a prompt's row, again for each of its completions
-        logits = out.logits[owner, -1]  # (B, V)
-        attention_mask = batch["attention_mask"][owner]
-        position_ids = batch["position_ids"][..., owner, -1:]  # (B, 1), or (3, B, 1)
-        running, lengths = torch.ones_like(owner), torch.zeros_like(owner)
-        for chance in torch.stack(chances, 1).to(device):  # (B, 1)
-            sampled.append(sample_token(logits, chance, sampling))
+        out.cache.reorder_cache(prompt_of)  # a prompt's row, again for each of its completions
+        logits = out.logits[prompt_of, -1]  # (B, V)
+        attention_mask = batch["attention_mask"][prompt_of]
+        position_ids = batch["position_ids"][..., prompt_of, -1:]  # (B, 1), or (3, B, 1)
+        running, lengths = torch.ones_like(prompt_of), torch.zeros_like(prompt_of)
+        for uniform in torch.stack(uniforms, 1).to(device):  # (B, 1)
+            sampled.append(sample_token(logits, uniform, sampling))
             token = sampled[-1][0]  # (B, 1)
             lengths += running
             running *= ~torch.isin(token[:, 0], eos_ids)
-            if len(sampled) == most or not any_rank(running):
+            if len(sampled) == max_length or not any_rank(running):
                 break
             attention_mask = pad(attention_mask, (0, 1), value=1)
             position_ids = position_ids + 1
@@ -187,11 +191,11 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
             logits = model(input_ids=token, cache=out.cache, **where).logits[:, -1]
 
     ids, logps, entropy = (torch.cat(values, 1) for values in zip(*sampled))  # each (B, T)
-    groups = [[] for _ in prompts]
+    completions = [[] for _ in prompts]
     for k, (n, unended) in enumerate(zip(lengths.tolist(), running.tolist())):
         done = Completion(ids[k, :n], logps[k, :n], entropy[k, :n], finished=not unended)
-        groups[owner[k]].append(done)
-    return groups
+        completions[prompt_of[k]].append(done)
+    return completions
 
 
 # --- scoring, advantages, objective ---
@@ -204,14 +208,15 @@ def completion_logps(model, prompt: dict, ids: Tensor, sampling: Sampling) -> Te
 
 
 def chosen_logps(logits: Tensor, ids: Tensor, sampling: Sampling) -> Tensor:
-    """log π of `ids` (T,) by the logits (T, V) before each."""
+    """log π of each of `ids` (T,), from the logits (T, V) that predict them."""
     logps = policy_logits(logits, sampling).log_softmax(-1)
     return logps.gather(1, ids[:, None])[:, 0]
 
 
 def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = None) -> Tensor:
-    """A_i = (R̃_i − mean) / std; `rewards` (prompts, G) → the same shape. The std is of the "group"
-    (FFR, GRPO), of the "batch" (of all rollouts of the step: `batch_std`), or "none" (Dr. GRPO)."""
+    """A_i = (R̃_i − mean) / std, from `rewards` (prompts, G), in the same shape. The std is of the
+    "group" (FFR, GRPO), of the "batch" (`batch_std`, of all rollouts of the step), or "none", which
+    divides by nothing (Dr. GRPO)."""
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = centred * (rewards.amax(1, True) > rewards.amin(1, True))  # exactly 0 where all equal
     if scale == "none":
@@ -247,97 +252,106 @@ def grpo_loss(
 
 # --- the update ---
 class Episode(NamedTuple):
-    """A completion to train on. Its prompts are numbers of `Batch.prompts`."""
+    """A completion to train on. `question` and `prompt` are keys of `Batch.prompts`."""
 
-    question: int  # the prompt that all of its group begin with
-    prompt: int  # the prompt it answers: that one, or one with more in it
+    question: int  # the prompt with which all prompts of its group begin
+    prompt: int  # the prompt that it answers: that one, or a longer one
     ids: Tensor
     sampled_logps: Tensor | None = None  # as it was sampled; `update` measures the gap
     advantage: float = 0.0
-    weight: float = 1.0  # 0: takes part in the calls and trains nothing
+    weight: float = 1.0  # 0: takes part in the calls but trains nothing
 
 
 class Batch(NamedTuple):
-    prompts: dict[int, dict]  # distinct ones, by number
+    prompts: dict[int, dict]  # the distinct ones, by number
     episodes: list[Episode]
-    total_tokens: float  # Σ|τ̂_i|: those of weight 1, on all ranks
-    stand_in: dict | None = None  # sharded: has every modality and joins each forward, at weight 0
+    total_tokens: float  # Σ|τ̂_i|, of those with weight 1, on all ranks
+    stand_in: dict | None = None  # where sharded: a prompt of every modality, in each forward
 
 
 def update(accelerator, model, optimizer, batch, sampling, objective, reference=None) -> dict:
-    """`num_updates` optimizer steps on a `Batch`; `model` and `optimizer` are the accelerator's,
-    `reference` is unwrapped and needed where β > 0. Returns the last step's `grad_norm` and this
-    rank's part of its `loss` and of its token means `kl` and `clipped`, which add up; `logp_gap`,
-    how far log-probs sampled and scored differ."""
-    prompts, portions = in_portions(batch, objective)
+    """Take `num_updates` optimizer steps on a `Batch`.
 
-    def score(policy, portion: list[Episode]) -> tuple[Tensor, Tensor]:
+    `model` and `optimizer` are the accelerator's; `reference` is unwrapped, and needed where β > 0.
+    Returns figures of the last step: `grad_norm`; this rank's parts, which add up over ranks, of
+    the `loss` and of the token means `kl` and `clipped`; and `logp_gap`, the largest difference
+    between a log-prob as it was sampled and as it is scored.
+    """
+    prompts, micro_batches = to_micro_batches(batch, objective)
+
+    def score(policy, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
         with accelerator.autocast():
-            return batched_logps(policy, prompts, portion, sampling, objective.row_tokens)
+            return batched_logps(policy, prompts, episodes, sampling, objective.row_tokens)
 
-    old_logps, ref_logps = [], [None] * len(portions)
-    if reference is not None:  # a frozen copy; with LoRA the policy, less its adapters
+    old_logps, ref_logps = [], [None] * len(micro_batches)
+    if reference is not None:  # a frozen copy; with LoRA the policy without its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
-            ref_logps = [score(reference, portion)[0] for portion in portions]
+            ref_logps = [score(reference, episodes)[0] for episodes in micro_batches]
 
     for iteration in range(objective.num_updates):
         figures = Counter()  # whose `update` adds
-        for k, portion in enumerate(portions):
-            logps, mask = score(model, portion)  # each (B, T)
+        for k, episodes in enumerate(micro_batches):
+            logps, mask = score(model, episodes)  # each (B, T)
             if iteration == 0:
                 old_logps.append(logps.detach())  # π_old is π_θ before the first update
-            advantages = logps.new_tensor([episode.advantage for episode in portion])
-            terms = (logps, old_logps[k], ref_logps[k], advantages, mask, batch.total_tokens)
-            loss = grpo_loss(*terms, epsilon=objective.epsilon, beta=objective.beta)
+            advantages = logps.new_tensor([episode.advantage for episode in episodes])
+            tokens, epsilon, beta = batch.total_tokens, objective.epsilon, objective.beta
+            loss = grpo_loss(
+                logps, old_logps[k], ref_logps[k], advantages, mask, tokens, epsilon, beta
+            )
             # Parts over the global token count are to be summed; DDP averages over ranks.
             accelerator.backward(loss * accelerator.num_processes)
-            figures.update(loss=loss.item(), **measure(*terms, epsilon=objective.epsilon))
+            figures.update(measure(logps, old_logps[k], ref_logps[k], mask, tokens, epsilon))
+            figures.update(loss=loss.item())
         norm = accelerator.clip_grad_norm_(model.parameters(), objective.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    gap = max(map(sampling_gap, portions, old_logps))
+    gap = max(map(sampling_gap, micro_batches, old_logps))
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
 
 
-def in_portions(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
-    """The prompts, and the episodes in portions of `rollouts_at_once`, whose gradients add up. At
-    A_i = 0 and β = 0 there is no gradient: every rank leaves out equally many such episodes."""
-    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)  # idle ones last
-    idle = sum(episode.advantage == 0 and objective.beta == 0 for episode in episodes)
-    episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
-    episodes.sort(key=attrgetter("question", "prompt"))  # what can share a row stands together
+def to_micro_batches(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
+    """The prompts, and the episodes in micro-batches of `rollouts_at_once`, whose gradients add up.
+    Episodes of one question and prompt stand together, so that they can share a row."""
+    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)
+    if objective.beta == 0:
+        # Without KL, A_i = 0 means no gradient. Every rank leaves out equally many of these, so
+        # that all make the same number of calls; one remains where there is nothing else.
+        idle = sum(episode.advantage == 0 for episode in episodes)
+        episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
+    episodes.sort(key=attrgetter("question", "prompt"))
     size = objective.rollouts_at_once or len(episodes)
-    portions = [episodes[start : start + size] for start in range(0, len(episodes), size)]
+    micro_batches = [episodes[start : start + size] for start in range(0, len(episodes), size)]
     if batch.stand_in is None:
-        return batch.prompts, portions
+        return batch.prompts, micro_batches
     extra = Episode(-1, -1, episodes[0].ids[:1], weight=0.0)
-    return {**batch.prompts, -1: batch.stand_in}, [[*portion, extra] for portion in portions]
+    return {**batch.prompts, -1: batch.stand_in}, [[*part, extra] for part in micro_batches]
 
 
-def measure(logps, old_logps, ref_logps, advantages, mask, total_tokens, epsilon) -> dict:
-    """This portion's part of the token means of KL (k3), and of r_t outside 1 ± ε."""
+def measure(logps, old_logps, ref_logps, mask, total_tokens, epsilon) -> dict:
+    """This micro-batch's part of two token means: KL (k3), and whether r_t is outside 1 ± ε."""
     d = torch.zeros_like(old_logps) if ref_logps is None else ref_logps - logps.detach()
     outside = ((logps.detach() - old_logps).exp() - 1).abs() > epsilon
     values = {"kl": d.exp() - d - 1, "clipped": outside}
     return {name: ((x * mask).sum() / max(total_tokens, 1)).item() for name, x in values.items()}
 
 
-def sampling_gap(portion: list[Episode], logps: Tensor) -> float:
+def sampling_gap(episodes: list[Episode], logps: Tensor) -> float:
     gaps = [0.0]
-    for episode, scored in zip(portion, logps):
+    for episode, scored in zip(episodes, logps):
         if episode.sampled_logps is not None:
             gap = episode.sampled_logps - scored[: len(episode.ids)]
             gaps.append(episode.weight * gap.abs().max().item())
     return max(gaps)
 
 
-# --- what a prompt is to the functions above ---
+# --- prompts as tensors ---
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
 
 
 def with_positions(model, inputs: dict) -> dict:
-    """A processor's inputs and `position_ids`, (1, L), or (3, 1, L) of time, height and width, so
-    that parts can be computed apart. Raises ValueError where M-RoPE hides how it counts."""
+    """Add `position_ids` to a processor's inputs: (1, L), or (3, 1, L) of time, height and width.
+    With these, parts of a prompt can be computed apart. Raises ValueError for an unknown M-RoPE."""
     counter = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
     if counter is None:
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
@@ -358,7 +372,7 @@ def with_positions(model, inputs: dict) -> dict:
 
 
 def join(parts: list[dict], dim: int) -> dict:
-    """Tokens joined along `dim` (−1: one after another; −2: as rows), pixels one after another."""
+    """Join tokens along `dim` (−1: one after another; −2: as rows) and pixels one after another."""
     joined = {}
     for key in {key: None for part in parts for key in part}:
         values = [part[key] for part in parts if key in part]
@@ -367,7 +381,7 @@ def join(parts: list[dict], dim: int) -> dict:
 
 
 def left_pad(prompts: list[dict], pad_id: int) -> dict:
-    """Prompts as rows (B, L) that all end at the right edge."""
+    """Make prompts rows (B, L) that all end at the right edge."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     padded = []
     for prompt in prompts:
@@ -380,7 +394,7 @@ def left_pad(prompts: list[dict], pad_id: int) -> dict:
 
 
 def extend(prompt: dict, ids: Tensor) -> dict:
-    """A prompt, and a completion's tokens (T,) after it."""
+    """Put a completion's tokens (T,) behind a prompt."""
     ones = torch.ones_like(ids)[None]
     text = {
         "input_ids": ids[None],
@@ -391,11 +405,11 @@ def extend(prompt: dict, ids: Tensor) -> dict:
     return join([prompt, {key: text[key] for key in PER_TOKEN if key in prompt}], -1)
 
 
-def part_of(prompt: dict, start: int, stop: int | None, less_pixels_of: dict) -> dict:
+def slice_prompt(prompt: dict, start: int, stop: int | None, after_pixels_of: dict) -> dict:
     """A prompt's tokens from `start` to `stop`, and its pixels after those of another prompt."""
     part = {}
     for key, value in prompt.items():
-        known = len(less_pixels_of.get(key, ()))
+        known = len(after_pixels_of.get(key, ()))
         if key in PER_TOKEN:
             part[key] = value[..., start:stop]
         elif len(value) > known:
@@ -403,24 +417,24 @@ def part_of(prompt: dict, start: int, stop: int | None, less_pixels_of: dict) ->
     return part
 
 
-# --- what large models need of `generate` ---
+# --- what large models need in `generate` ---
 class OneDtypeCache(DynamicCache):
-    """Under autocast keys come in fp32, values in bf16. Attention casts the keys anyway; cast
-    before they are kept, they take half the memory."""
+    """Keep keys in the dtype of the values. Under autocast rotary embeddings make them fp32, and
+    attention casts them anyway; cast before they are kept, they take half the memory."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple:
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 
 def is_sharded(model) -> bool:
-    """Are its parameters spread over ranks (FSDP2), so that every call needs every rank?"""
+    """Are the parameters spread over ranks (FSDP2), so that every call needs every rank?"""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager
 def gathered_once(model):
-    """Gather sharded text layers once for all tokens, not again for each. Yields a function that
-    tells whether any completion still runs, on any rank if they must call together."""
+    """Gather sharded text layers once, not once a token. Yields a function that tells whether any
+    completion still runs: on any rank, if the ranks must call together."""
     together = is_sharded(model)
     layers = [part for part in model.get_decoder().modules() if isinstance(part, FSDPModule)]
     for layer in layers:
@@ -440,24 +454,28 @@ def gathered_once(model):
 
 # --- many completions at once: those of a group share a row ---
 #
-# One by one, eight completions of a question read its video eight times. In a row it stands once.
-# The row is a tree of segments, and a token sees the path that leads to it, up to itself:
+# One by one, eight completions of a question read its video eight times. In a shared row it stands
+# once. The row is a tree of segments, and each token sees the path from the root to itself:
 #
-#              q  τ1 c  τ2 τ3     q   the question but for its last token, with its video
-#         q    ◣                  τ   a leaf: the last token of its prompt, and the completion but
-#         τ1   ■  ◣                   for its last; so the logits here are those of its tokens
-#         c    ◧     ◣            c   what a longer prompt adds to what it has in common with q,
-#         τ2   ◧     ■  ◣             but for its last token
-#         τ3   ◧     ■     ◣      τ1 answers q; τ2 and τ3 answer q with c. Positions are explicit,
-#     ■ all, ◧ the common part    so τ3 does not feel that τ2 stands before it.
+#              q  τ1 c  τ2 τ3     q   the question with its video
+#         q    ◣                  c   what a longer prompt adds to what it has in common with q
+#         τ1   ■  ◣               τ   a leaf: a completion. τ1 answers q; τ2 and τ3 answer q with c
+#         c    ◧     ◣
+#         τ2   ◧     ■  ◣         ■   sees all of it
+#         τ3   ◧     ■     ◣      ◧   sees the part in common
+#                                 ◣   sees what stands before in the same segment
+#
+# A logit predicts the next token. So a leaf begins with the last token of its prompt and ends with
+# the last but one of its completion, and q and c end one token earlier. Positions are explicit: τ3
+# has the positions it would have in a row of its own, whatever stands before it.
 class Row:
-    """Segments, the path of columns that each one's tokens see, and the columns of the leaves."""
+    """The segments of a tree; the columns that each one's tokens see; the columns of the leaves."""
 
     def __init__(self):
         self.segments, self.paths, self.leaves, self.length = [], [], [], 0
 
     def add(self, segment: dict, above: Tensor) -> Tensor:
-        """Put a segment below the columns `above`; returns the path that ends with it."""
+        """Put a segment below the columns `above`. Returns the path that ends with it."""
         start = self.length
         self.length += segment["input_ids"].shape[1]
         path = torch.cat([above, torch.arange(start, self.length)])
@@ -467,27 +485,30 @@ class Row:
 
 
 def build_row(prompts: dict, episodes: list[Episode]) -> Row:
-    """The tree of episodes of one group. The pixels of a longer prompt begin with the question's,
-    and the tokens that stand for these are in what the two have in common."""
+    """The tree of a group's episodes. The pixels of a longer prompt begin with the question's, and
+    the tokens that stand for these are among those the two prompts have in common."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
     root_number = episodes[0].prompt if alike else episodes[0].question
     row, root = Row(), prompts[root_number]
-    paths = {root_number: row.add(part_of(root, 0, -1, {}), above=torch.arange(0))}
+    paths = {root_number: row.add(slice_prompt(root, 0, -1, {}), above=torch.arange(0))}
     for episode in episodes:
-        prompt = prompts[episode.prompt]
+        prompt, length = prompts[episode.prompt], len(episode.ids)
         if episode.prompt not in paths:
             tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
             common = len(os.path.commonprefix(tokens))
-            rest = part_of(prompt, common, -1, less_pixels_of=root)
-            paths[episode.prompt] = row.add(rest, above=paths[root_number][:common])
-        leaf = part_of(extend(prompt, episode.ids[:-1]), -len(episode.ids), None, prompt)
-        row.leaves.append(row.add(leaf, above=paths[episode.prompt])[-len(episode.ids) :])
+            added = slice_prompt(prompt, common, -1, after_pixels_of=root)
+            paths[episode.prompt] = row.add(added, above=paths[root_number][:common])
+        whole = extend(prompt, episode.ids[:-1])
+        leaf = slice_prompt(whole, -length, None, after_pixels_of=prompt)
+        path = row.add(leaf, above=paths[episode.prompt])
+        row.leaves.append(path[-length:])
     return row
 
 
 def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) -> list[Row]:
-    """A row a group if it has at most `row_tokens` columns (the mask has their square), else a row
-    a prompt, else an episode. They share only where every layer attends to all, by any mask."""
+    """One row for each group, if it has at most `row_tokens` columns (the mask has their square);
+    else one for each prompt, or for each episode. Rows are shared only where every layer attends
+    to all tokens and takes any mask."""
     text = getattr(model, "module", model).config.get_text_config()
     layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
     if text._attn_implementation != "sdpa" or len(layers) > 1:
@@ -505,7 +526,7 @@ def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) ->
 
 
 def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
-    """Rows as a batch of inputs (R, N), and which of its tokens are of leaves (R, N)."""
+    """Stack rows into a batch of inputs (R, N). Also returns which tokens are of leaves, (R, N)."""
     batch = left_pad([join(row.segments, -1) for row in rows], pad_id)
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
     leaf = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
@@ -525,12 +546,13 @@ def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
 def batched_logps(
     model, prompts: dict, episodes: list[Episode], sampling: Sampling, row_tokens=8192
 ) -> tuple[Tensor, Tensor]:
-    """`completion_logps` of many: `logps, mask`, each (B, T); the mask is an episode's weight."""
+    """`completion_logps` of many episodes: `logps` and `mask`, each (B, T), right-padded. The mask
+    holds the episode's weight."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
     batch, leaf = stack_rows(plan_rows(model, prompts, episodes, row_tokens), sampling.pad_id)
     logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
-    # In the order of `episodes`; in chunks computed again backward: fp32 logits of all are large.
+    # In the order of `episodes`. Chunks are computed again in backward, as fp32 logits are large.
     chunks = zip(logits.split(1024), torch.cat([e.ids for e in episodes]).split(1024))
     flat = [checkpoint(chosen_logps, *chunk, sampling, use_reentrant=False) for chunk in chunks]
     logps = torch.cat(flat).split([len(episode.ids) for episode in episodes])

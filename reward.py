@@ -1,4 +1,4 @@
-"""What rules can judge of FFR: strings and numbers in, numbers out.
+"""The rewards of FFR and its leak gate: everything that rules can judge, without a model.
 
     R      accuracy reward, graded where the problem type is     `accuracy_reward`
     z      1 where rules accept the answer (thresholds ours)     `verify`
@@ -7,8 +7,8 @@
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
     leak   do a teacher's words give y away (ours)               `leak`, `asks_for`, `gate`
 
-What the judgements of a step, a run, an evaluation add up to stands last. Sources: FFR eq. R̃, app.
-D.3 (by type, as Video-R1). Standard library only; imports no sibling."""
+The leak gate and the accuracy of an evaluation stand last. Sources: FFR eq. R̃ and app. D.3 (reward
+by problem type, as in Video-R1). The file needs the standard library alone and no sibling."""
 
 import math
 import re
@@ -59,7 +59,7 @@ def format_reward(response: str) -> float:
 
 
 def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
-    """R in [0, 1] by problem type, 0 for an empty answer; an unknown type raises a ValueError."""
+    """R in [0, 1] by problem type, 0 for an empty answer. Raises ValueError for an unknown type."""
     rewards = {
         "multiple choice": multiple_choice_reward,
         "numerical": numerical_reward,
@@ -76,7 +76,7 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
 
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
-    """z: R = 1; two graded types have a threshold (ours), as their R next to never reaches 1."""
+    """z: is R = 1? Two graded types have a threshold (ours), as their R hardly ever reaches 1."""
     if problem_type == "free-form":
         return rouge_l(given, answer) >= 0.5
     reward = accuracy_reward(given, answer, problem_type)
@@ -86,7 +86,7 @@ def verify(given: str, answer: str, problem_type: str) -> bool:
 
 
 def reference_problem(answer: str, problem_type: str, options: list[str]) -> str | None:
-    """Say why no answer can be right by this reference, and the remedy; None if one can."""
+    """Return why no answer could be right by this reference, with the remedy; None if one can."""
     response = f"<answer>{answer}</answer>"
     remedy = f"Correct it or leave the sample out. {SUFFIXES[problem_type]}"
     if not score(response, answer, problem_type).correct:
@@ -105,8 +105,8 @@ def multiple_choice_reward(given: str, answer: str) -> bool:
 
 
 def numerical_reward(given: str, answer: str) -> bool:
-    """1 if the numbers are equal within 1e-9 relative, or once both are rounded to the number of
-    decimals of the reference, at least two: 3.001 is right for 3, not 3.01, nor 0.001 for 0.004."""
+    """1 if the numbers agree to 1e-9, relative, or when both are rounded to as many decimals as the
+    reference has, at least two: for 3, 3.001 is right, 3.01 wrong; for 0.004, 0.001 is wrong."""
     x, _ = find_number(given)
     y, decimals = find_number(answer)
     decimals = max(2, decimals)
@@ -114,7 +114,7 @@ def numerical_reward(given: str, answer: str) -> bool:
 
 
 def regression_reward(given: str, answer: str) -> float:
-    """1 − the error relative to the reference's magnitude, at least 0; only 0 is right for 0."""
+    """1 − |error| / |reference|, at least 0. For a reference of 0 only 0 is right."""
     x, _ = find_number(given)
     y, _ = find_number(answer)
     if y == 0:
@@ -138,14 +138,14 @@ def exact_reward(given: str, answer: str) -> bool:
     return split_words(given) == split_words(answer)
 
 
-# How typographic signs are read; what has no width is nothing.
+# How typographic signs are read. Characters without width are dropped.
 SIGNS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "‒": "-", "⁻": "-", "’": "'"}
 SIGNS |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
 SIGNS |= dict.fromkeys("\u200b\u200d\u200e\u200f\u00ad\ufeff")
 
 
 def plain(text: str) -> str:
-    r"""Write one way what has many: full-width letters, typographic signs, '10²' and '\text{B}'."""
+    r"""Normalize what can be written in many ways: full-width letters, signs, '10²', '\text{B}'."""
     text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)
     text = unicodedata.normalize("NFKC", text.translate(str.maketrans(SIGNS)))
     return re.sub(r"\\(?:boxed|text|math)[a-z]*(?=\{)", "", text).strip()
@@ -165,8 +165,8 @@ ANOTHER = rf"(?i){BETWEEN}{LETTER}(?!\.\w)"
 
 
 def find_letter(text: str) -> str | None:
-    """Return the one letter chosen: 'b', '(B)', 'B. a cat', 'Answer: **B**'; 'A or B' has none.
-    After a labelled letter only a labelled one counts: 'D. A and B' is D."""
+    """Return the one letter chosen: 'b', '(B)', 'B. a cat', 'Answer: **B**'; 'A or B' chooses none.
+    After a labelled letter only another labelled one counts: 'D. A and B' is D."""
     text = re.split(r"(?i)\banswer(?: is|:)", plain(text))[-1]
     choice = re.match(CHOICE, text)
     if choice is None:
@@ -210,8 +210,8 @@ NUMBER = r"[-+]?(?:\d+ (?=\d+/\d))?(?:(?<![\w.])\.)?\d(?:[\d.:/]{0,400}\d)?(?:e[
 
 
 def find_number(text: str) -> tuple[float, int]:
-    """Return the one number in the text and its decimals; nan for none and for several numbers.
-    Clock times are seconds: '1,200 m' → (1200.0, 0), 'about 2.50' → (2.5, 2), '1:30' → (90.0, 0)"""
+    """Return the one number in a text and how many decimals it has; nan for none or for several.
+    '1,200 m' → (1200.0, 0), 'about 2.50' → (2.5, 2), and in seconds '1:30' → (90.0, 0)."""
     text = plain(text).casefold()
     text = re.sub(rf"\b(?:({TENS})[ -])?({NAMES})( dozen)?\b", name_to_digits, text)
     for pattern, replacement in NUMBER_REWRITES:
@@ -272,7 +272,8 @@ def word_error_rate(given: str, answer: str) -> float:
 
 
 def rouge_n(given: str, answer: str, n: int) -> float:
-    """ROUGE-n F1 without stemming; n at most the longer text's words: one word can reach R = 1."""
+    """ROUGE-n F1 without stemming. n is at most the longer text's length in words, so that a single
+    word can reach 1."""
     x, y = split_words(given), split_words(answer)
     n = min(n, max(len(x), len(y), 1))
     a, b = (Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y))
@@ -280,7 +281,8 @@ def rouge_n(given: str, answer: str, n: int) -> float:
 
 
 def rouge_l(given: str, answer: str) -> float:
-    """ROUGE-L F1, 2 LCS / (|x| + |y|): without substitutions the distance is |x| + |y| − 2 LCS."""
+    """ROUGE-L F1 = 2 LCS / (|x| + |y|), as without substitutions the edit distance is
+    |x| + |y| − 2 LCS."""
     x, y = split_words(given), split_words(answer)
     total = len(x) + len(y)
     return (total - edit_distance(x, y, substitution=2)) / max(total, 1)
@@ -299,35 +301,48 @@ def cited_moments(rationale: str) -> list[tuple[float, float]]:
 
 def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
     """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
-    Ours. In seconds, as `tolerance`, half the student's frame spacing. Precision is the part of the
-    cited time that lies in a span, so citing everything does not win; recall, of spans cited."""
+
+    Ours. All in seconds; `tolerance` is half the student's frame spacing. Precision is the mean
+    over the cited moments of the share of each that lies in its best span, so citing the whole clip
+    does not win. Recall is the share of spans that are cited.
+    """
     rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
-    shares = []  # a row per cited moment: the part of it that lies in each span
-    for a, b in cited_moments(rationale[1]) if rationale else []:  # a point where a = b
-        overlaps = [min(b, end + tolerance) - max(a, start - tolerance) for start, end in spans]
-        shares.append([max(0.0, x / (b - a)) if b > a else float(x >= 0) for x in overlaps])
-    precision = sum(max(row, default=0.0) for row in shares) / max(len(shares), 1)
-    recall = sum(max(column) > 0 for column in zip(*shares)) / max(len(spans), 1)
+    moments = cited_moments(rationale[1]) if rationale else []
+    covered = [[covered_share(moment, span, tolerance) for span in spans] for moment in moments]
+    precision = sum(max(row, default=0.0) for row in covered) / max(len(moments), 1)
+    recall = sum(max(column) > 0 for column in zip(*covered)) / max(len(spans), 1)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def covered_share(moment: tuple, span: tuple, tolerance: float) -> float:
+    """The share of a cited moment, a point or an interval, that lies in a span ± `tolerance`."""
+    start, end = moment
+    overlap = min(end, span[1] + tolerance) - max(start, span[0] - tolerance)
+    if start == end:
+        return float(overlap >= 0)
+    return max(0.0, overlap / (end - start))
 
 
 def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa, lam) -> float:
     """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
-    FFR eq. R̃; the λ term is ours. `repaired` None: no patch, so τ keeps its reward, untaxed."""
+
+    FFR eq. R̃; the λ term is ours. Where `repaired` is None no patch was given, and the failed τ
+    keeps its own reward, untaxed.
+    """
     if first.correct or repaired is None:
         return first.accuracy + first.format
     return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align
 
 
 # --- the leak gate: do a teacher's words give the answer away? (✗ is refused, ✓ passes) ---
-ASKS = {  # what a question asks for
+ASKS = {  # what kind of answer a question asks for
     "place": r"(^|[,.;] )where\b|\b(which|what) (side|part|corner|hand)\b|\bto my\b",
     "time": r"^when\b[^,]*$|[,.;] when\b|\bhow (long|much time|many (second|minute)s)\b|"
     r"\b(what|which) (exact )?(time|second|minute|moment)\b",
     "truth": r"^(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
 }
 TIME = r"(?<![\w.:–-])(\d+:\d\d|\d[\d.–-]* ?s\b|[\w.–-]+ (second|minute)s\b)|\b(second|frame)s? \d+"
-TELLS = {  # what words must not tell: the answer, and a number, a time or a truth that is asked
+FORBIDDEN = {  # for every question "answer", the others where the question asks for such a thing
     "answer": r"\banswer (is|was|lies|should)\b|\b(right|correct) (answer|value)\b"  # ✓ 'an answer'
     r"|\b(best|first|second|third|last|final|listed) (option|choice)"  # ✗ 'the last option'
     r"|\b(option|choice|letter) [a-h]\b|\b[a-h]\)",  # ✗ 'option a', '(b)'  ✓ 'player B'
@@ -338,38 +353,45 @@ TELLS = {  # what words must not tell: the answer, and a number, a time or a tru
     "truth": r"\b(yes|no|never|(?<!do )not)\b|(?<!do)n\Wt\b"  # ✗ 'it is not there'  ✓ 'do not stop'
     r"|(^|[.;:,\d] )(the|its?|s?he|they|there)\b",  # ✗ 'the lamp glows'  ✓ 'see if the lamp glows'
 }
-NAMED = r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|fits)\b))(?![\w'’-])"  # ✓ 'A bus'
-ALIKE = """0 zero none|1 one single|2 two twice pair|3 three|4 four|5 five|6 six|7 seven|8 eight
+OPTION_LETTER = r"(?<![\w'’-])([B-H]|A(?! [a-z])|A(?= (?:is|was|fits)\b))(?![\w'’-])"  # ✓ 'A bus'
+SYNONYMS = """0 zero none|1 one single|2 two twice pair|3 three|4 four|5 five|6 six|7 seven|8 eight
     |9 nine|10 ten|11 eleven|12 twelve dozen|13 thirteen|14 fourteen|15 fifteen|16 sixteen
     |17 seventeen|18 eighteen|19 nineteen|20 twenty|0.5 half|0.25 quarter quarters
     |throw threw thrown|tear tore torn|take took taken|back behind"""
-SAME = {word: row.split()[0] for row in ALIKE.split("|") for word in row.split()}
-COMMON = r"""(?x: \b(an|and|are|as|at|be|by|do|does|for|from|has|he|her|his|in|into|is|its?|off?|on
-    |only|or|out|she|that|the|their|then|there|they|this|to|up|was|were|with|you|hands?|keep)\b)"""
-ONE = r"(?<!-)\bone (?=by|of|from|as|only|with|that)|\b(this|each) one\b"  # is no number
-NOISE = rf"{TIME}|{COMMON}|{ONE}|\bright (?=after|before|when|as|at)"
-ENDING = r"(?<=[^\W\d]{6}).+|(?<=[^\W\d]{3})(ing|ish|ed|es|e?n|s|y|e)$"
+FIRST_SYNONYM = {word: row.split()[0] for row in SYNONYMS.split("|") for word in row.split()}
+STOP_WORDS = r"""(?x: \b(an|and|are|as|at|be|by|do|does|for|from|has|he|her|his|in|into|is|its?|off?
+    |on|only|or|out|she|that|the|their|then|there|they|this|to|up|was|were|with|you|hands?|keep)\b)"""
+NOT_A_NUMBER = r"(?<!-)\bone (?=by|of|from|as|only|with|that)|\b(this|each) one\b"
+NOT_A_PLACE = r"\bright (?=after|before|when|as|at)"
+WORD_ENDING = r"(?<=[^\W\d]{6}).+|(?<=[^\W\d]{3})(ing|ish|ed|es|e?n|s|y|e)$"
 
 
 def asks_for(question: str) -> set[str]:
-    """Return what a question asks for, by ASKS."""
+    """Return the kinds of answer, keys of ASKS, that a question asks for."""
     return {kind for kind, pattern in ASKS.items() if re.search(pattern, question, re.I)}
 
 
-def tokens(text: str) -> list[str]:
-    """Words without endings, then the numbers, sums and products that they make, in any unit."""
+def stems(text: str) -> list[str]:
+    """A text's words without their endings, in order, then the numbers that its own add up to."""
     text = re.sub(r"\b([^\W\d_])[-, ]+(?=[^\W\d_]\b)", r"\1", text.casefold())  # 't-a-x-i'
     text = text.translate(str.maketrans("−,", "-."))
-    found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?|[^\W\d_]{2,}", re.sub(NOISE, " ", text))
-    words = [re.sub(ENDING, "", SAME.get(word, word)) for word in found]
-    said = [float(word) for word in words if word[-1].isdecimal()]
-    runs = [said[i : i + n] for n in (1, 2, 3, 4) for i in range(len(said) - n + 1)]
-    made = [make(run) for run in runs for make in (sum, math.prod)]  # ✗ 'two here, one there'
-    return words + [f"{number * unit:g}" for number in made for unit in (0.01, 1, 100)]
+    text = re.sub(rf"{TIME}|{STOP_WORDS}|{NOT_A_NUMBER}|{NOT_A_PLACE}", " ", text)
+    words = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?|[^\W\d_]{2,}", text)
+    stemmed = [re.sub(WORD_ENDING, "", FIRST_SYNONYM.get(word, word)) for word in words]
+    return stemmed + derived([float(word) for word in stemmed if word[-1].isdecimal()])
 
 
-def share(wanted: list[str], said: list[str]) -> float:
-    """The share of the wanted words that are said, doubled if they are said in their order."""
+def derived(numbers: list[float]) -> list[str]:
+    """The sum and the product of each run of up to four numbers: ✗ 'two here, one there' where the
+    answer is 3. Also a hundredth and a hundred times that, as of percent."""
+    runs = [numbers[i : i + n] for n in (1, 2, 3, 4) for i in range(len(numbers) - n + 1)]
+    values = [combine(run) for run in runs for combine in (sum, math.prod)]
+    return [f"{value * unit:g}" for value in values for unit in (0.01, 1, 100)]
+
+
+def overlap(wanted: list[str], said: list[str]) -> float:
+    """The share of the wanted words that are said. It counts twice where they are said in their
+    order, which tells options of the same words apart."""
     rest = iter(said)
     in_order = all(word in rest for word in wanted)
     return len(set(wanted) & set(said)) / max(len(wanted), 1) * (1 + in_order)
@@ -378,32 +400,34 @@ def share(wanted: list[str], said: list[str]) -> float:
 def leak(words: str, question: str, options: list[str], answer: str) -> str | None:
     """Why a teacher's words give the answer away ('it ...'), or None if they do not."""
     asked = {"answer", *asks_for(question)} | ({"number"} if re.search(r"\d", answer) else set())
-    for kind in sorted(asked & TELLS.keys()):
-        if re.search(TELLS[kind], words, re.I):
+    for kind in sorted(asked & FORBIDDEN.keys()):
+        if re.search(FORBIDDEN[kind], words, re.I):
             return f"it tells the {kind}"
-    letters = {*re.findall(NAMED, words)} - {*re.findall(r"\b[A-H]\b", question)}
+    letters = {*re.findall(OPTION_LETTER, words)} - {*re.findall(r"\b[A-H]\b", question)}
     if 0 < len(letters) < len(options):  # ✗ 'B fits'  ✓ 'compare A, B, C and D'
         return "it names an option"
     initials, spelled = re.sub(r"\B\w|\W", "", words.casefold()), re.sub(r"\W", "", answer)
     if len(spelled) > 3 and spelled.casefold() in initials:  # ✗ 'tango, alpha, xray, india'
         return "it spells the answer"
 
-    said = tokens(words)
-    shares = {label: share(tokens(option), said) for label, option in zip("ABCDEFGHIJ", options)}
-    right = shares.pop(find_letter(answer), None)
-    if right is None:
-        new = set(tokens(answer)) - set(tokens(question))  # ✗ 'look at the books'
-        if not tokens(answer):  # 'up', 'K'
+    said = stems(words)
+    overlaps = {label: overlap(stems(text), said) for label, text in zip("ABCDEFGHIJ", options)}
+    of_answer = overlaps.pop(find_letter(answer), None)
+    if of_answer is None:  # no option is the answer: half of its new words are too many
+        new = set(stems(answer)) - set(stems(question))  # ✗ 'look at the books'
+        if not stems(answer):  # 'up', 'K'
             new, said = set(split_words(answer)), split_words(words)
-        return "it holds the answer's words" if share(list(new), said) >= 0.5 else None
-    others = shares.values()  # ✗ 'a taxi', 'no bus, no tram, no bicycle'  ✓ 'the bus or the taxi'
-    told = others and not min(others) <= right <= max(others)
-    return "it tells the options apart" if told else None
+        return "it holds the answer's words" if overlap(list(new), said) >= 0.5 else None
+    others = overlaps.values()
+    # The words fit the right option better or worse than all others: ✗ 'a taxi', 'no bus, no tram,
+    # no bicycle'  ✓ 'the bus or the taxi'
+    singled_out = others and not min(others) <= of_answer <= max(others)
+    return "it tells the options apart" if singled_out else None
 
 
 def withhold(patch, case) -> None:
-    """Take the evidence away that would be the answer: regions where a place is asked, times where
-    a time is."""
+    """Take away the evidence that would be the answer itself: the regions where the question asks
+    for a place, the times where it asks for a time. Changes `patch`."""
     asked = asks_for(case.question)
     if "place" in asked:
         patch.regions = []
@@ -412,21 +436,22 @@ def withhold(patch, case) -> None:
 
 
 def gate(patch, case) -> str | None:
-    """`withhold` evidence, then judge the words that are left: why they give y away, or None."""
+    """Withhold evidence that is the answer, then return why the words that are left give it away,
+    or None if they do not."""
     withhold(patch, case)
     words = "; ".join([patch.guidance, *(region.what for region in patch.regions)])
     return leak(words, case.question, case.options, case.answer)
 
 
-def answers(reply: str, case) -> bool:
-    """Whether a brain that was asked a case's question, in the blind test, answers it right."""
+def answers_correctly(reply: str, case) -> bool:
+    """Does a reply in the blind test, where the model sees no video, answer the case rightly?"""
     given, _, _ = reply.rpartition("<answer>")[2].partition("</answer>")
     return verify(given.strip(), case.answer, case.problem_type)
 
 
-# --- what verdicts add up to ---
+# --- the accuracy of an evaluation ---
 def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all, of each type and each source."""
+    """Unaided accuracy with its 95 % interval (Wilson): of all rows, by type and by source."""
     groups = {"all": rows}
     for row in rows:
         for kind in ("type", "source"):

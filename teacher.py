@@ -1,13 +1,13 @@
-"""The frozen teacher T, which looks at the video through tools: it finds what a failed rollout
-missed and returns an evidence patch.
+"""The frozen teacher T, which looks at the video through tools, finds what a failed rollout missed
+and returns an evidence patch.
 
     S_i = (x, y, τ_i)   `Case`
     c_i, e_i            `EvidencePatch` and its `error_type`
-    T                   `diagnose`: for each case a `Conversation` of a brain with the tools
-    brain               any `Chat`: `remote`, `local`, or a function of your own
+    T                   `diagnose`: one `Conversation` a case, between a `Chat` and the tools
+    `Chat`              whoever replies: `remote`, `local`, `scripted`, or a function of your own
 
-A conversation is a list of OpenAI chat messages, pictures as JPEG in data URLs. Sources: FFR §Find,
-§Fix, app. B; the sizes of a patch and the blind test in code are ours. Imports no sibling."""
+A conversation is a list of OpenAI chat messages, with pictures as JPEG in data URLs. Sources: FFR
+§Find, §Fix and app. B; the limits of a patch and the blind test are ours. Imports no sibling."""
 
 import asyncio
 import base64
@@ -32,21 +32,28 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 
 ERROR_TYPES = ("temporal", "spatial", "misconception")
-MAX_FRAMES, MAX_REGIONS, MAX_WORDS, MAX_SHARE = 4, 2, 60, 0.25  # of a patch; share of the clip
-MAX_TURNS, MAX_CALLS, MAX_SEGMENT = 6, 4, 8  # turns; tool calls a turn; frames of a segment
-MAX_PIXELS, MAX_REPLY = 401_408, 20_000  # of a picture for the teacher; characters of a reply
-MAX_TRIES = 4  # of a request
+# The limits of a patch, and of a conversation.
+MAX_FRAMES = 4  # key frames, and as many moments
+MAX_REGIONS, MAX_WORDS = 2, 60
+MAX_SHARE = 0.25  # of the clip, for all moments together
+MAX_TURNS, MAX_CALLS = 6, 4  # calls of tools in a turn
+MAX_SEGMENT = 8  # frames of a segment
+MAX_PIXELS = 401_408  # of a picture
+MAX_REPLY = 20_000  # characters of a reply, counted from its end
+MAX_TRIES = 4  # of a request to an endpoint
 BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-# Thoughts come before the reply, their beginning marked or not; in them is no call and no patch.
+# Reasoning comes before the reply, and its opening tag may be missing. Calls in it do not count.
 THINKING = r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"
-PICTURES = WeakKeyDictionary()  # of a video: all its failures are shown the same
+PICTURES = WeakKeyDictionary()  # by video: the chat parts of its frames, encoded once
 
 
 @dataclass
 class Settings:
     """The teacher."""
 
-    teacher: Annotated[Literal["scripted", "local", "remote"], "the teacher's brain"] = "scripted"
+    teacher: Annotated[Literal["scripted", "local", "remote"], "who replies as the teacher"] = (
+        "scripted"
+    )
     teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""
     teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
     teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
@@ -62,7 +69,7 @@ class Settings:
 
 @dataclass
 class Case:
-    """S_i: one failed rollout's question x, reference answer y and response τ_i."""
+    """S_i, a failed rollout: its question x, the reference answer y and the response τ_i."""
 
     id: str
     question: str
@@ -71,11 +78,11 @@ class Case:
     response: str
     video: Sized  # hashable, with len(), `seconds(i)` and `frame(i)`, a PIL image
     problem_type: str = "free-form"
-    record: dict = field(default_factory=dict, repr=False)  # its other fields, for tools
+    record: dict = field(default_factory=dict, repr=False)  # its further fields, for tools
 
 
 class Region(NamedTuple):
-    """A box in a frame, and in a few words what to look at there."""
+    """A box in a frame, and a few words on what to look at there."""
 
     frame: int
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in 0–1
@@ -88,7 +95,7 @@ class Region(NamedTuple):
 
 @dataclass
 class EvidencePatch:
-    """c: what the student is shown besides the unchanged question. Frames are original indices."""
+    """c: what the student is shown beside the unchanged question. Frames are the video's own."""
 
     error_type: str
     guidance: str = ""
@@ -108,9 +115,9 @@ class TeacherError(Exception):
         self.cause, self.detail = cause, detail
 
 
-Reply = tuple[str, int] | TeacherError  # its words, and how many tokens they took
-Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations, seconds it may take
-Gate = Callable[[EvidencePatch, Case], str | None]  # why it gives y away; may take things out of it
+Reply = tuple[str, int] | TeacherError  # the words, and how many tokens they took
+Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations and seconds → their replies
+Gate = Callable[[EvidencePatch, Case], str | None]  # why a patch tells y; may remove evidence
 SYSTEM = """\
 A student answered a question about a video wrongly. Find the one thing that it missed, and hand
 back the least evidence that lets it see that; it then answers again. Errors are
@@ -143,7 +150,7 @@ Reply <answer>…</answer>, with the letter of an option, one number, or as few 
 
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
-    """The opening: the rules, then the case with `num_frames` frames spread over the clip."""
+    """The opening messages: the rules, then the case with `num_frames` frames over the clip."""
     last = len(case.video) - 1
     known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines = [
@@ -168,7 +175,7 @@ def system_message() -> dict:
 
 
 def blind_messages(case: Case, words: str) -> list[dict]:
-    """The blind test: the question and a patch's words, or none, but nothing of the video."""
+    """The blind test: the question and a patch's `words`, or none, without anything to see."""
     said = f"Someone who has seen it says: {words}" if words else ""
     text = BLIND.replace("{words}", said)
     text = text.replace("{question}", "\n".join([case.question, *case.options]))
@@ -180,21 +187,21 @@ def text_part(text: str) -> dict:
 
 
 def plain(text: str) -> str:
-    """Without what some tokenizer could take for a special token, and without lone surrogates."""
+    """Break up what a tokenizer could take for a special token, and replace lone surrogates."""
     return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
 
 def picture_parts(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
     """A frame, or a crop of it at native size, as chat parts: its label and its pixels."""
-    made = PICTURES.setdefault(video, {})
-    if (index, box) not in made:
+    encoded = PICTURES.setdefault(video, {})
+    if (index, box) not in encoded:
         image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
         if box:
             image = image.crop(Region(index, box).corners(image))
             label += ", region " + " ".join(f"{v:.2f}" for v in box)
         picture = {"type": "image_url", "image_url": {"url": data_url(image)}}
-        made[index, box] = [text_part(label), picture]
-    return made[index, box]
+        encoded[index, box] = [text_part(label), picture]
+    return encoded[index, box]
 
 
 def data_url(image: Image.Image) -> str:
@@ -204,15 +211,15 @@ def data_url(image: Image.Image) -> str:
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
-    """In pixels: MAX_PIXELS at most, and no side that is too thin for a processor."""
+    """Width and height: MAX_PIXELS at most, and no side too thin for a model's processor."""
     shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
     return max(28, int(image.width / shrink)), max(28, int(image.height / shrink))
 
 
 # --- the tools ---
-# Functions of the case and of arguments that come as text. They return a list of chat parts; the
-# sentence of an error goes back to the teacher. To add one, write it and name it in TOOLS; it finds
-# a record's further fields in `case.record`.
+# A tool is a function of the case and of arguments that come as text. It returns chat parts; if it
+# raises, the error's sentence goes back to the teacher. To add one, write it and name it in TOOLS;
+# `case.record` has the record's further fields.
 def get_frame(case, frame_index):
     return picture_parts(case.video, frame_number(frame_index, case.video))
 
@@ -235,9 +242,9 @@ TOOLS = {tool.__name__: tool for tool in (get_frame, zoom_region, get_temporal_s
 
 
 def signature(name: str) -> str:
-    """A tool's arguments, as the prompt shows them: all but the case."""
-    case, *others = inspect.signature(TOOLS[name]).parameters.values()
-    return f"({', '.join(str(one.replace(annotation=one.empty)) for one in others)})"
+    """A tool's arguments as the prompt shows them: all but the case, without annotations."""
+    _, *arguments = inspect.signature(TOOLS[name]).parameters.values()
+    return f"({', '.join(str(one.replace(annotation=one.empty)) for one in arguments)})"
 
 
 CALLS = [
@@ -256,25 +263,26 @@ def without_thoughts(text: str) -> str:
 
 
 def read_calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments of each tool call, in any of the forms of CALLS; of tools that are
-    not there only where no patch stands beside."""
+    """The name and the arguments of each tool call, in any of the forms of CALLS. A call of an
+    unknown tool counts, so that the teacher is told, unless the reply also holds a patch."""
     text = text.replace("\\_", "_")
     text = re.sub(r"<arg_key>(\w+)</arg_key>\s*<arg_value>([^<]*)</arg_value>", r"\1=\2,", text)
-    calls = [match for form in CALLS for match in re.finditer(form, text, re.IGNORECASE)]
-    found = [match.groups() for match in sorted(calls, key=lambda match: match.start())]
-    return [call for call in found if call[0] in TOOLS or "evidence_patch" not in text]
+    matches = [match for form in CALLS for match in re.finditer(form, text, re.IGNORECASE)]
+    matches.sort(key=lambda match: match.start())
+    calls = [match.groups() for match in matches]
+    return [call for call in calls if call[0] in TOOLS or "evidence_patch" not in text]
 
 
 def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
-    """Execute a tool call on the original video. Arguments are taken as text, never evaluated; if
-    their names are not the tool's, its numbers in their order. Raises ValueError, a sentence."""
+    """Run a tool call on the original video. Its arguments are read as text, never evaluated. Where
+    their names are not the tool's, the numbers are taken in order. Raises ValueError."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
-    found = re.findall(
+    written = re.findall(
         r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?(\"[^\"]*\"|'[^']*'|[^\s,=\[\]{}]+)", arguments
     )
-    positional = [value.strip("\"'") for key, value in found if not key]
-    named = {key: value.strip("\"'") for key, value in found if key}
+    positional = [value.strip("\"'") for key, value in written if not key]
+    named = {key: value.strip("\"'") for key, value in written if key}
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", arguments)
     for args, kwargs in ((positional, named), (numbers, {})):
         try:
@@ -292,10 +300,10 @@ def frame_number(value, video: Sized) -> int:
     return int(number)
 
 
-# --- reading a patch: forgiving, as models write it in many ways ---
+# --- reading a patch: forgiving, as models write them in many ways ---
 def parse_patch(text: str, video: Sized) -> EvidencePatch:
-    """Read the evidence in a reply; a region or moment that cannot be read is left out. Raises
-    TeacherError("malformed") where nothing can."""
+    """Read the evidence in a reply; regions and moments that cannot be read are left out. Raises
+    TeacherError("malformed") where nothing can be read."""
     try:
         reply = read_json(text)
         evidence = reply.get("evidence_patch", reply)
@@ -322,28 +330,29 @@ def is_empty(patch: EvidencePatch) -> bool:
 
 
 def read_json(text: str) -> dict:
-    """The last object that holds a patch, whatever stands around it. Raises ValueError."""
-    text = re.sub(r'(\\["\\/bfnrtu])|\\', r"\1", text)  # not what JSON does not escape: \' and \_
+    """The last JSON object that holds a patch, whatever stands around it. Raises ValueError."""
+    text = re.sub(r'(\\["\\/bfnrtu])|\\', r"\1", text)  # JSON has no escapes like \' and \_
     wanted = "evidence_patch" if "evidence_patch" in text else "key_frames"
-    decode, found = json.JSONDecoder(strict=False).raw_decode, None
+    decode = json.JSONDecoder(strict=False).raw_decode
+    last_patch = None
     start = text.find("{")
     while start >= 0:
         end = start + 1
         with suppress(ValueError, RecursionError):
             value, stop = decode(text, start)
             if wanted in value:
-                found, end = value, stop
+                last_patch, end = value, stop
         start = text.find("{", end)
-    return found or read_yaml(text)
+    return last_patch or read_yaml(text)
 
 
 def read_yaml(text: str) -> dict:
-    """The same of what is no JSON: YAML takes single quotes, trailing commas, line breaks in a
-    text. Comments, references, quotes inside a text and missing braces at the end are mended."""
+    """The same for what is almost JSON: YAML allows single quotes, trailing commas and line breaks
+    in a text. Comments, `&` and `*`, quotes inside a text and missing braces are mended here."""
     try:
         import yaml  # which transformers installs
     except ImportError as error:
-        raise ValueError("this is no JSON; pip install pyyaml reads more") from error
+        raise ValueError("this is not JSON; with pyyaml installed more is read") from error
 
     key = re.search(r"\{[^{}]*?(?:error_classification|evidence_patch|key_frames)\W*:", text)
     body = text[key.start() if key else max(0, text.rfind("{")) : text.rfind("}") + 1]
@@ -351,16 +360,16 @@ def read_yaml(text: str) -> dict:
     body = re.sub(r'(?<=\w )"(?=\w)|(?<=\w)"(?= \w)', "", body)
     body += "}" * (body.count("{") - body.count("}"))
     try:
-        found = next(yaml.load_all(body, yaml.BaseLoader), None)
+        value = next(yaml.load_all(body, yaml.BaseLoader), None)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError("there is no JSON object")
-    return found
+    return value
 
 
 def read_words(value, most: int = MAX_WORDS) -> str:
-    """At most so many words, without brackets that could spell a student's special token."""
+    """At most `most` words, without brackets, which could spell one of the student's tokens."""
     values = value.values() if isinstance(value, dict) else value
     text = str(value or "") if isinstance(value, (str, int)) else " ".join(map(str, values or []))
     text = "" if text in ("null", "None") else text
@@ -369,12 +378,12 @@ def read_words(value, most: int = MAX_WORDS) -> str:
 
 def read_frames(value, video: Sized) -> list[int]:
     """The frames that a text, number, list or dict names: 12, "frame 12", "0:01", "3.5 s". One past
-    the end is the last; what else lies outside of the video is left out."""
+    the end means the last frame; anything else outside the video is left out."""
     clock = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)"
     number = r"(?<![\d.])((?:(?<!\w)-)?\d+(?:\.\d+)?)(\s*s(?:ec(?:ond)?s?)?\b)?"
     frames, last = [], len(video) - 1
-    found = re.findall(f"{clock}|{number}", str(places(value)))
-    for hours, minutes, seconds, index, unit in found[:99]:
+    matches = re.findall(f"{clock}|{number}", str(frames_or_times(value)))
+    for hours, minutes, seconds, index, unit in matches[:99]:
         if seconds or unit:
             at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or index)
             nearest = min(range(last + 1), key=lambda k: abs(video.seconds(k) - at))
@@ -384,10 +393,10 @@ def read_frames(value, video: Sized) -> list[int]:
     return list(dict.fromkeys(frames))
 
 
-def places(value):
-    """A dict's values that name a frame or else a time, times in seconds; all else as it is."""
+def frames_or_times(value):
+    """What names frames, or else times, in a dict; times in seconds. All else stays as it is."""
     if isinstance(value, list):
-        return [places(item) for item in value]
+        return [frames_or_times(item) for item in value]
     if not isinstance(value, dict):
         return value
     keys = [key for key in value if re.search("frame|index|start|end|first|last|from|to$", key)]
@@ -396,7 +405,7 @@ def places(value):
 
 
 def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
-    """First and last frame of each moment; a flat pair is one moment."""
+    """The first and the last frame of each moment. A flat pair of frames is one moment."""
     markers = markers if isinstance(markers, list) else [markers]
     named = [read_frames(marker, video) for marker in markers]
     flat = not any(isinstance(marker, (list, dict)) for marker in markers)
@@ -406,8 +415,8 @@ def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
 
 
 def read_region(region, key_frames: list[int], video: Sized) -> Region:
-    """A region whose frame, box and label go by one of the usual names; without a frame it is of
-    the first key frame. Raises IndexError, ValueError."""
+    """A region, whose frame, box and label may go by any of the usual names. Without a frame it is
+    in the first key frame. Raises IndexError or ValueError."""
     region = region if isinstance(region, dict) else {"box": region}
     placed = any(re.search("frame|time", key) and region[key] is not None for key in region)
     frame = (read_frames(region, video) if placed else key_frames)[0]
@@ -419,7 +428,7 @@ def read_region(region, key_frames: list[int], video: Sized) -> Region:
 
 def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, where
-    it does not fit in there, in 0–1000. Raises ValueError."""
+    it would not fit into that, in 0–1000. Raises ValueError."""
     if isinstance(value, dict):
         xs = [value[key] for key in value if re.match("x|left|right", key)]
         ys = [value[key] for key in value if re.match("y|top|bottom", key)]
@@ -427,8 +436,12 @@ def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
     corners = [float(number) for number in re.findall(r"(?<!\w)-?[\d.]+", str(value))]
     if len(corners) != 4:
         raise ValueError(f"the box {value} needs four numbers")
-    in_pixels = corners[2] <= size[0] and corners[3] <= size[1]
-    scale = (1, 1) if max(corners) <= 1.5 else size if in_pixels else (1000, 1000)
+    if max(corners) <= 1.5:  # 0–1, or a little beside it
+        scale = (1, 1)
+    elif corners[2] <= size[0] and corners[3] <= size[1]:
+        scale = size
+    else:
+        scale = (1000, 1000)
     shares = [corner / side for corner, side in zip(corners, scale * 2)]
     x1, y1, x2, y2 = (1.0 if 1 < share < 1.05 else share for share in shares)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
@@ -437,16 +450,16 @@ def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 
 def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
-    """Minimal evidence: the first few of everything, and moments of at most MAX_SHARE of the clip's
-    `num_frames` together, or they shrink to their middles."""
+    """Minimal evidence: only the first few of everything. Moments that together exceed MAX_SHARE of
+    the clip's `num_frames` shrink to their middles, each to at least one frame."""
     spans = patch.spans[:MAX_FRAMES]
-    length = sum(last - first + 1 for first, last in spans)
-    most = max(int(MAX_SHARE * num_frames), len(spans))  # a frame each, and a share of the rest
+    total = sum(last - first + 1 for first, last in spans)
+    allowed = max(int(MAX_SHARE * num_frames), len(spans))
     shrunk = []
     for first, last in spans:
         size = last - first + 1
-        if length > most:
-            size = 1 + (last - first) * (most - len(spans)) // (length - len(spans))
+        if total > allowed:  # one frame, and the others in proportion
+            size = 1 + (last - first) * (allowed - len(spans)) // (total - len(spans))
         start = (first + last - size + 1) // 2
         shrunk.append((start, start + size - 1))
     frames, regions = patch.key_frames[:MAX_FRAMES], patch.regions[:MAX_REGIONS]
@@ -455,12 +468,16 @@ def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
 
 # --- Find and Fix ---
 class Conversation:
-    """One case's talk with a brain: send it `messages`, hand its reply to `advance`, until there is
-    an `outcome`. What cannot be read and words that give y away are asked for once more; the second
-    time the one is an error, the other is left out of the patch."""
+    """The conversation about one case. Send its `messages` to a `Chat` and hand the reply to
+    `advance`, until there is an `outcome`: a patch, or the error that says why there is none.
 
-    def __init__(self, case: Case, gate: Gate, show_answer: bool, num_frames: int, right=None):
-        self.case, self.gate, self.right = case, gate, right
+    A reply that cannot be read, and a patch whose words give y away, are sent back once, with the
+    reason. The second time the former is an error, and the latter loses its words but keeps its
+    frames, times and boxes.
+    """
+
+    def __init__(self, case: Case, gate: Gate, show_answer, num_frames, answers_correctly=None):
+        self.case, self.gate, self.answers_correctly = case, gate, answers_correctly
         self.outcome: EvidencePatch | TeacherError | None = None
         self.transcript, self.refusals = [], []
         try:
@@ -479,37 +496,39 @@ class Conversation:
             self.outcome = TeacherError("raised", f"{type(error).__name__}: {error}")
 
     def converse(self, messages: list[dict]):
-        """Yields what to send, is sent the brain's reply, returns the outcome."""
-        problems, reduced = Counter(), None
+        """A generator: yields messages, is sent the reply to them, returns the outcome."""
+        problems, without_words = Counter(), None
         for turn in range(1, MAX_TURNS + 1):
             reply = yield messages
             if isinstance(reply, TeacherError):
-                return reduced or reply
+                return without_words or reply
 
             text = without_thoughts(reply[0])
             calls = read_calls(text)[:MAX_CALLS]
             if calls:
-                back = self.use_tools(calls)
+                feedback = self.use_tools(calls)
             else:
                 patch, problem = yield from self.take_patch(text)
                 if problem is None:
                     return patch
                 problems[problem.cause] += 1
-                reduced = patch or reduced
+                without_words = patch or without_words
                 if problems[problem.cause] > 1 or turn == MAX_TURNS:
-                    return reduced or problem
-                back = [text_part(f"{problem}. Only direct attention; reply again in that form.")]
+                    return without_words or problem
+                request = f"{problem}. Only direct attention; reply again in that form."
+                feedback = [text_part(request)]
 
-            said = {"role": "assistant", "content": [text_part(reply[0])]}
-            messages = [*messages, said, {"role": "user", "content": back}]
-        return reduced or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+            own = {"role": "assistant", "content": [text_part(reply[0])]}
+            messages = [*messages, own, {"role": "user", "content": feedback}]
+        return without_words or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
     def take_patch(self, text: str):
-        """Read a patch and have it judged; returns what may be shown of it, and what is wrong."""
+        """Read a patch and have it judged. Returns the patch and None, or else what is left of it
+        without its words, if anything, and the problem."""
         try:
             patch = parse_patch(text, self.case.video)
-        except TeacherError as slip:
-            return None, TeacherError(slip.cause, slip.detail)  # without the frames of `slip`
+        except TeacherError as error:  # its traceback would keep the locals of this call
+            return None, TeacherError(error.cause, error.detail)
         reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
         problem = None
         if reason:
@@ -533,13 +552,14 @@ class Conversation:
         return parts
 
     def read_blind(self, patch: EvidencePatch):
-        """Ask the brain with the patch's words alone; returns why they tell too much."""
+        """The blind test: ask the question with the patch's words, without the video. Returns why
+        they tell too much, or None."""
         words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
-        if self.right and words:
+        if self.answers_correctly and words:
             guess = yield blind_messages(self.case, words)
             if isinstance(guess, TeacherError):
                 return f"it could not be read blind ({guess.cause})"
-            if self.right(without_thoughts(guess[0]), self.case):
+            if self.answers_correctly(without_thoughts(guess[0]), self.case):
                 return "the question can be answered from the words, without the video"
 
 
@@ -550,27 +570,25 @@ def diagnose(
     show_answer: bool = True,
     num_frames: int = 16,
     timeout: float = 480.0,
-    right: Callable[[str, Case], bool] | None = None,
-    alone: dict[tuple, bool] | None = None,
-    spent: Counter | None = None,
+    answers_correctly: Callable[[str, Case], bool] | None = None,
+    guessable: dict[tuple, bool] | None = None,
+    usage: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """A patch for each case, or why there is none, within `timeout` seconds. All conversations go
-    on together, a turn at a time; equal cases share one. `gate` may be reward.py's. `right` (does a
-    reply answer the case?) asks for the blind test, unless the brain knows the answer without any
-    words, which `alone` remembers by case. Refusals are counted in `spent`."""
+    """T: a patch for each case, or why there is none, within `timeout` seconds.
+
+    All conversations go on together, a turn at a time, and equal cases share one. `gate` may be
+    reward.py's. With `answers_correctly` (does a reply answer a case?) there is a blind test, but
+    not of questions that are `guessable`, which is filled in here. `usage` counts refusals.
+    """
     end = time.monotonic() + timeout
     ask = with_deadline(chat)
-    alone = {} if alone is None else alone
-    if right:
-        new = {(c.id, c.question): c for c in cases if (c.id, c.question) not in alone}
-        replies = ask([blind_messages(case, "") for case in new.values()], timeout / 2)
-        for question, reply in zip(new, replies):
-            if isinstance(reply, tuple):
-                alone[question] = right(without_thoughts(reply[0]), new[question])
+    guessable = {} if guessable is None else guessable
+    if answers_correctly:
+        find_guessable(cases, ask, timeout / 2, answers_correctly, guessable)
 
     conversations = {}
     for case in cases:
-        test = None if alone.get((case.id, case.question)) else right
+        test = None if guessable.get((case.id, case.question)) else answers_correctly
         conversations[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
     waiting = [one for one in conversations.values() if one.outcome is None]
     while waiting:
@@ -580,41 +598,50 @@ def diagnose(
             conversation.advance(reply)
         waiting = [one for one in waiting if one.outcome is None]
 
-    if spent is not None:
-        spent["refused"] += sum(len(one.refusals) for one in conversations.values())
+    if usage is not None:
+        usage["refused"] += sum(len(one.refusals) for one in conversations.values())
     return [conversations[repr(case)].outcome for case in cases]
 
 
-# --- what can be put around a brain ---
+def find_guessable(cases, ask: Chat, seconds: float, answers_correctly, guessable: dict) -> None:
+    """Ask each new question without a patch and without the video. Where that is enough for a right
+    answer, the blind test would blame a patch for a guess."""
+    new = {(c.id, c.question): c for c in cases if (c.id, c.question) not in guessable}
+    replies = ask([blind_messages(case, "") for case in new.values()], seconds)
+    for question, reply in zip(new, replies):
+        if isinstance(reply, tuple):
+            guessable[question] = answers_correctly(without_thoughts(reply[0]), new[question])
+
+
+# --- what can be put around a `Chat` ---
 def with_deadline(chat: Chat) -> Chat:
-    """The same brain, in a thread of its own: one that raises, hangs or miscounts costs its cases
-    alone, and Ctrl-C does not wait for it."""
+    """Run `chat` in a thread, for which Ctrl-C does not wait. If it raises, takes too long or gives
+    the wrong number of replies, each of the conversations gets a TeacherError."""
 
     def ask(talks: list, seconds: float) -> list[Reply]:
-        said = [TeacherError("timeout", "no reply in time")] * len(talks)
+        replies = [TeacherError("timeout", "no reply in time")] * len(talks)
 
         def call():
             try:
-                said[:] = [
-                    checked(reply) for _, reply in zip(talks, chat(talks, seconds), strict=True)
-                ]
+                pairs = zip(talks, chat(talks, seconds), strict=True)
+                replies[:] = [checked(reply) for _, reply in pairs]
             except TeacherError as error:
-                said[:] = [error] * len(talks)
+                replies[:] = [error] * len(talks)
             except Exception as error:
                 raised = TeacherError("raised", plain(f"{type(error).__name__}: {error}"))
-                said[:] = [raised] * len(talks)
+                replies[:] = [raised] * len(talks)
 
         thread = Thread(target=call, daemon=True)
         if talks and seconds > 0:
             thread.start()
             thread.join(seconds)
-        return list(said)  # a copy: what comes later is too late
+        return list(replies)  # a copy, which the thread can no longer change
 
     return ask
 
 
 def checked(reply) -> Reply:
-    """A reply that is none is a failure of its own. Of one that is too long the end counts."""
+    """The reply, cut to its last MAX_REPLY characters; an error where it is not a `Reply`."""
     if isinstance(reply, TeacherError):
         return reply
     try:
@@ -624,31 +651,31 @@ def checked(reply) -> Reply:
         return TeacherError("raised", plain(problem))
 
 
-def cached(chat: Chat | None, folder: str, brain: str, spent: Counter) -> Chat:
-    """The same brain, asked only what `folder` holds no reply to: replies stand there under a hash
-    of `brain`, its name, and all that it was shown. None: a replay, which asks nobody, and in which
-    failures are replayed too."""
+def cached(chat: Chat | None, folder: str, name: str, usage: Counter) -> Chat:
+    """Ask `chat` only what `folder` holds no reply to. Replies are files there, named by a hash of
+    `name` (who replies) and of all that was shown. Without a `chat` it is a replay, which repeats
+    failures too. `usage` counts calls, hits, tokens and seconds."""
 
     def ask(talks: list, seconds: float) -> list[Reply]:
         began = time.monotonic()
-        names = [sha256(json.dumps([brain, talk]).encode()).hexdigest() for talk in talks]
-        known = [load_reply(Path(folder, name)) if folder else None for name in names]
+        keys = [sha256(json.dumps([name, talk]).encode()).hexdigest() for talk in talks]
+        known = [load_reply(Path(folder, key)) if folder else None for key in keys]
         if chat:  # what failed before is asked again
             known = [reply if isinstance(reply, tuple) else None for reply in known]
-        missing = {name: talk for name, talk, reply in zip(names, talks, known) if reply is None}
+        missing = {key: talk for key, talk, reply in zip(keys, talks, known) if reply is None}
         replies = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
-            left = 0.97 * (seconds - time.monotonic() + began)
-            replies = with_deadline(chat)([*missing.values()], left)
-        fresh = dict(zip(missing, replies, strict=True))  # equal ones are asked once
-        for name, reply in fresh.items() if chat and folder else ():
-            store_reply(Path(folder, name), reply)
+            left = seconds - time.monotonic() + began
+            replies = with_deadline(chat)([*missing.values()], 0.97 * left)  # the rest: to return
+        fresh = dict(zip(missing, replies, strict=True))  # equal conversations are asked once
+        for key, reply in fresh.items() if chat and folder else ():
+            store_reply(Path(folder, key), reply)
 
-        spent["calls"] += len(fresh) if chat else 0
-        spent["hits"] += len(talks) - len(fresh)
-        spent["tokens"] += sum(reply[1] for reply in fresh.values() if isinstance(reply, tuple))
-        spent["seconds"] += time.monotonic() - began
-        return [fresh.get(name, reply) for name, reply in zip(names, known)]
+        usage["calls"] += len(fresh) if chat else 0
+        usage["hits"] += len(talks) - len(fresh)
+        usage["tokens"] += sum(reply[1] for reply in fresh.values() if isinstance(reply, tuple))
+        usage["seconds"] += time.monotonic() - began
+        return [fresh.get(key, reply) for key, reply in zip(keys, known)]
 
     return ask
 
@@ -660,7 +687,7 @@ def load_reply(file: Path) -> Reply | None:
 
 
 def store_reply(file: Path, reply: Reply) -> None:
-    """A failure takes no reply's place; a full disk costs the cache, not the run."""
+    """Keep a reply. A failure never replaces one; a full disk costs the cache, not the run."""
     if isinstance(reply, TeacherError) and load_reply(file) is not None:
         return
     with suppress(OSError):
@@ -670,10 +697,10 @@ def store_reply(file: Path, reply: Reply) -> None:
         part.replace(file)  # other processes see all of it or nothing
 
 
-# --- brains ---
+# --- who replies ---
 def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240.0) -> Chat:
-    """A brain behind an OpenAI-compatible endpoint that takes pictures, by the `openai` client: it
-    tries again, and waits as the server says. `key` stays in here, and no other key is sent."""
+    """A model behind an OpenAI-compatible endpoint that takes pictures. The `openai` client retries
+    and waits as the server says. `key` is never told, and no other key is sent."""
     try:
         import openai
     except ImportError as error:
@@ -701,7 +728,8 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
             failure = failure_of(error)
             return TeacherError(failure.cause, hide(failure.detail)[:500])
 
-    def hide(text: str) -> str:  # a short key is a placeholder, and may be part of any word
+    def hide(text: str) -> str:
+        # A short key is a placeholder like "none", which any word may contain.
         return text.replace(key, "[key]") if len(key) > 7 else text
 
     async def reply_to_all(talks: list, end: float) -> list[Reply]:
@@ -723,7 +751,7 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
 
 
 async def see_error(response) -> None:
-    """Some servers send an error with status 200: let the client see its code."""
+    """Let the client see the code of an error that a server sends with status 200."""
     await response.aread()
     with suppress(*BAD_DATA):
         body = response.json()
@@ -734,24 +762,24 @@ async def see_error(response) -> None:
 
 
 def failure_of(error: Exception) -> TeacherError:
-    """Of what a request raised, the cause and the server's own words, without a page's tags."""
+    """The cause of what a request raised, and the server's own words, without HTML tags."""
     import openai
 
-    cause, said = "malformed", str(error)
+    cause, detail = "malformed", str(error)
     if isinstance(error, TeacherError):
-        cause, said = error.cause, error.detail
+        cause, detail = error.cause, error.detail
     elif isinstance(error, TimeoutError):
-        cause, said = "timeout", "no reply in time"
+        cause, detail = "timeout", "no reply in time"
     elif isinstance(error, openai.APIStatusError):
-        cause, said = f"http_{error.status_code}", error.response.text
+        cause, detail = f"http_{error.status_code}", error.response.text
     elif isinstance(error, openai.APIConnectionError):
-        cause, said = "connection", f"{error} {error.__cause__!r}"
-    said = re.sub(r"<style.*?</style>|<[^>]*>", " ", said, flags=re.DOTALL)
-    return TeacherError(cause, said)
+        cause, detail = "connection", f"{error} {error.__cause__!r}"
+    detail = re.sub(r"<style.*?</style>|<[^>]*>", " ", detail, flags=re.DOTALL)
+    return TeacherError(cause, detail)
 
 
 def read_reply(response) -> Reply:
-    """The words of an endpoint's reply, in whatever place they stand. Raises TeacherError."""
+    """The words of an endpoint's reply, whichever field they are in. Raises TeacherError."""
     try:
         completion = response.parse()
         choice, usage = completion.choices[0], completion.usage
@@ -776,7 +804,7 @@ def read_reply(response) -> Reply:
 
 
 def local(model, processor, max_tokens=2048, batch=8) -> Chat:
-    """A brain that is a transformers vision-language model; `batch` conversations go at a time."""
+    """A transformers vision-language model, which reads `batch` conversations at a time."""
 
     def generate(talks: list, seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
@@ -793,7 +821,7 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
     def reply_to(talks: list, end: float) -> list[Reply]:
-        """A batch that fails, out of memory say, is halved: only what fails alone is lost."""
+        """Halve a batch that fails, out of memory say: only what fails by itself is lost."""
         if time.monotonic() > end:
             return [TeacherError("timeout", "no time is left")] * len(talks)
         try:
@@ -815,15 +843,15 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
 
 
 def as_parts(message: dict) -> dict:
-    """A message whose content is a list, over which chat templates loop."""
+    """A message whose content is a list of parts, as chat templates want it."""
     content = message["content"]
     return message | {"content": [text_part(content)] if isinstance(content, str) else content}
 
 
 def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
-    """A brain that looks the evidence up by case id, but speaks the whole protocol.
-    `truths[id]`: one or more of `error_type`, `key_frames`, `region`, and optionally `moment`,
-    `guidance`, `cites`. The error is the first whose `cites` the response lacks, or the last."""
+    """Look the evidence up by case id, but speak the whole protocol. `truths[id]` is a dict, or a
+    list of them, with `error_type`, `key_frames`, `region` and optionally `moment`, `guidance`,
+    `cites`. Of a list the first whose `cites` the response lacks is taken, or else the last."""
 
     def reply(talk: list[dict]) -> tuple[str, int]:
         case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
@@ -851,8 +879,8 @@ def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
 
 
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
-    """Show a brain as many pictures as a case has. Raises TeacherError where it cannot take them,
-    or answers with neither a tool call nor a patch."""
+    """A trial with as many pictures as a case has. Raises TeacherError where they are not taken, or
+    the reply is neither a tool call nor a patch."""
     picture = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (56, 56)))}}
     asked = text_part("Case: hello\nThis is a trial: reply at once, that frame 0 shows it all.")
     user = {"role": "user", "content": [asked, *[picture] * num_frames]}
@@ -863,8 +891,8 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
         raise TeacherError("malformed", f"neither a tool call nor a patch: {reply[0][-300:]}")
 
 
-def load_brain(c, device, evidence: dict) -> Chat | None:
-    """The brain that `Settings` c name, None for a replay. Raises ValueError where it is no use."""
+def load_chat(c, device, evidence: dict) -> Chat | None:
+    """Who replies by the `Settings` c; None for a replay. Raises ValueError where it is no use."""
     name = c.teacher_model
     if c.teacher == "scripted":
         if not evidence:
@@ -894,25 +922,27 @@ def load_brain(c, device, evidence: dict) -> Chat | None:
     return chat
 
 
-def load_teacher(c, device, gate: Gate, right: Callable, evidence: dict) -> Callable:
-    """`diagnose` with the brain that `Settings` c name, as a function of cases and of a Counter of
-    what is spent. A scripted brain is neither cached nor read blind."""
-    chat, alone = load_brain(c, device, evidence), {}
-    folder, test = ("", None) if c.teacher == "scripted" else (c.teacher_cache, right)
-    brain = repr((c.teacher, c.teacher_model, c.teacher_max_tokens))
+def load_teacher(c, device, gate: Gate, answers_correctly: Callable, evidence: dict) -> Callable:
+    """`diagnose` by the `Settings` c, as a function of cases and of a Counter of what was used. A
+    scripted teacher is neither cached nor blind-tested."""
+    chat, guessable = load_chat(c, device, evidence), {}
+    scripted_one = c.teacher == "scripted"
+    folder = "" if scripted_one else c.teacher_cache
+    test = answers_correctly if c.blind_test and not scripted_one else None
+    name = repr((c.teacher, c.teacher_model, c.teacher_max_tokens))
 
-    def teach(cases: list[Case], spent: Counter | None = None) -> list:
-        spent = Counter() if spent is None else spent
+    def teach(cases: list[Case], usage: Counter | None = None) -> list:
+        usage = Counter() if usage is None else usage
         return diagnose(
             cases,
-            cached(chat, folder, brain, spent),
+            cached(chat, folder, name, usage),
             gate,
             show_answer=c.teacher_sees_answer,
             num_frames=c.num_frames,
             timeout=c.teacher_step_timeout,
-            right=test if c.blind_test else None,
-            alone=alone,
-            spent=spent,
+            answers_correctly=test,
+            guessable=guessable,
+            usage=usage,
         )
 
     return teach

@@ -36,13 +36,13 @@ import ffr
 import grpo
 import teacher
 from ffr import Chosen, Question, Student, flat
-from reward import accuracy, answers, gate
+from reward import accuracy, answers_correctly, gate
 
 HELPLESS = 10  # steps without any patch, after which the run stops
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
 
 
-# --- settings: each room's own, and the run's ---
+# --- settings: those of each file, and the run's ---
 @dataclass
 class RunSettings:
     """The run. Defaults are FFR's Table 8 unless marked (ours)."""
@@ -56,7 +56,7 @@ class RunSettings:
     precision: Annotated[Literal["auto", "bf16", "fp32"], "auto: bf16 autocast on a GPU"] = "auto"
     attention: Annotated[str, "empty: transformers' choice; paper: flash_attention_2"] = ""
     lora_rank: Annotated[int, "train adapters of this rank, peft's LoRA; 0: all weights (ours)"] = 0
-    gradient_checkpointing: Annotated[bool, "less memory, a second forward (ours)"] = False
+    gradient_checkpointing: Annotated[bool, "saves memory, costs a second forward (ours)"] = False
     freeze_vision: Annotated[bool, "leave the vision tower as it is (ours)"] = False
     scale_rewards: Annotated[Literal["group", "batch", "none"], "std of the advantages"] = "group"
     learning_rate: Annotated[float, "peak, with a cosine to 0"] = 5e-6
@@ -67,7 +67,7 @@ class RunSettings:
     save_steps: Annotated[int, "steps between checkpoints (ours)"] = 200
     keep_checkpoints: Annotated[int, "the newest ones (ours)"] = 2
     log_with: Annotated[str, "tensorboard, wandb, …: accelerate's trackers (ours)"] = ""
-    log_reliance: Annotated[bool, "what repairs owe to their patch: a forward more (ours)"] = False
+    log_reliance: Annotated[bool, "also measure what a repair owes to its patch (ours)"] = False
 
 
 @dataclass
@@ -80,10 +80,10 @@ class Config(
     data.Settings,
     RunSettings,  # a dataclass begins with the fields of its last base
 ):
-    """All settings: every room is given the whole and reads its own."""
+    """All settings. Each file declares its own, is given them all, and reads its own only."""
 
 
-# Tiny mode is the method at another size: these become the defaults where --model is not given.
+# Tiny mode is the same method in small. Without --model these are the defaults.
 TINY = dict(
     out="runs/tiny",
     prompt="{question}",
@@ -96,15 +96,16 @@ TINY = dict(
     questions_per_device=4,
     max_steps=400,
 )
-# What may differ when a run is resumed: where the teacher's replies come from, and what is kept.
-FREE = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"}
-FREE |= {"log_with", "log_reliance", "teacher_url", "teacher_device", "teacher_batch"}
-FREE |= {"teacher_workers", "teacher_timeout", "teacher_step_timeout", "teacher_model"}
-FREE |= {"teacher_max_tokens", "teacher_cache"}
+# What may differ when a run is resumed: what changes nothing in training, and the teacher's
+# settings, which may have to be mended.
+MAY_DIFFER = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"}
+MAY_DIFFER |= {"log_with", "log_reliance", "teacher_url", "teacher_device", "teacher_batch"}
+MAY_DIFFER |= {"teacher_workers", "teacher_timeout", "teacher_step_timeout", "teacher_model"}
+MAY_DIFFER |= {"teacher_max_tokens", "teacher_cache"}
 
 
 def parse(arguments: list[str]) -> Config:
-    """Read the settings and refuse what cannot be meant."""
+    """Read the settings; exit with one sentence where they make no sense."""
     parser = ffr.settings_parser(
         Config.__bases__[::-1],
         tiny=TINY,
@@ -120,16 +121,16 @@ def parse(arguments: list[str]) -> Config:
 
 
 def validate(c: Config) -> None:
-    """Exit with one sentence where settings cannot be meant."""
+    """Exit with one sentence where the settings make no sense."""
     known = ["all", *(str(tracker) for tracker in get_available_trackers())]
     sizes = {"questions_per_device", "num_updates", "num_frames", "frame_pixels", "picture_pixels"}
     sizes |= {"max_completion_length", "save_steps", "keep_checkpoints", "epochs"}
-    none = [f"--{name}" for name in sorted(sizes) if getattr(c, name) < 1]
+    too_small = [f"--{name}" for name in sorted(sizes) if getattr(c, name) < 1]
     checks = [
         (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
         (c.eval_data and not c.model, "--eval_data goes with --model and --data"),
         (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
-        (none, f"{', '.join(none)} must be 1 or more"),
+        (too_small, f"{', '.join(too_small)} must be 1 or more"),
         (min(c.max_steps, c.rollouts_at_once) < 0, "--max_steps, --rollouts_at_once: 0 or more"),
         (min(c.learning_rate, c.epsilon) < 0, "--learning_rate and --epsilon must be 0 or more"),
         (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -147,21 +148,24 @@ def trackers_of(config: Config) -> list[str]:
 
 
 # --- the loop ---
-def train(config, accelerator, student: Student, samples, teach, spare: Question) -> list[dict]:
-    """Step by step a round, an update and its metrics; returns the metrics of all steps. `spare` is
-    a question that is known to open, for records that do not."""
+def train(config, accelerator, student: Student, samples, teach, placeholder: Question) -> list:
+    """Train: in each step a round, an update and its metrics. Returns the metrics of all steps.
+    `placeholder` is a question that is known to open; it stands in for records that do not."""
     run = prepare(config, accelerator, student, steps_of(config, accelerator, samples))
     done, history = resume(config, accelerator)
     bar = progress_bar(done, run.steps, accelerator)
     with interruptible(accelerator) as interrupts:
         for step in bar:
             mine = pick(samples, step, config, accelerator)
-            groups, rows, figures = train_step(run, mine, teach, spare, step=step)
+            groups, rows, figures = train_step(run, mine, teach, placeholder, step=step)
             metrics = {"step": step + 1} | summarize(rows, gather_object([figures]))
             history.append(metrics)
             report(run, metrics, groups, bar)
 
-            end = watch_teacher(history[done:], rows, accelerator.is_main_process)
+            details = first_details(rows)
+            if accelerator.is_main_process:
+                report_teacher_failures(history[done:], details)
+            end = why_teacher_is_no_help(history[done:], details)
             if any(gather_object([len(interrupts)])):
                 end = "interrupted"
             if end or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
@@ -175,13 +179,13 @@ def train(config, accelerator, student: Student, samples, teach, spare: Question
     return history
 
 
-def train_step(run, samples, teach, spare, step: int) -> tuple[list, list[dict], dict]:
-    """A round on this process's `samples`, its advantages, an update. Returns this process's groups
-    and figures, and the rows that describe the rollouts of all."""
+def train_step(run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
+    """A round on this process's `samples`, its advantages and an update. Returns the groups and
+    the figures of this process, and the rows that describe the rollouts of all processes."""
     config, began = run.config, time.time()
-    questions = open_questions(run.student, samples, spare)
-    spent = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
-    ask = None if teach is None else partial(teach, spent=spent)
+    questions = open_questions(run.student, samples, placeholder)
+    usage = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
+    ask = None if teach is None else partial(teach, usage=usage)
     with run.accelerator.autocast():
         groups = ffr.find_fix_reason(
             run.student,
@@ -194,22 +198,22 @@ def train_step(run, samples, teach, spare, step: int) -> tuple[list, list[dict],
         )
         if config.log_reliance and teach is not None:
             ffr.measure_reliance(run.student, groups)
-    counted = [chosen for chosen in flat(groups) if chosen.question.counts]
+    counted = [chosen for chosen in flat(groups) if not chosen.question.is_placeholder]
     rows = gather_object([describe(chosen) for chosen in counted])
 
-    middle = time.time()
+    round_ended = time.time()
     set_advantages(groups, rows, config.scale_rewards)
-    figures = update(run, groups, rows, spare)
-    figures |= {f"teacher_{name}": count for name, count in spent.items()}
-    figures["seconds_round"] = middle - began
-    figures["seconds_update"] = time.time() - middle
-    figures["skipped"] = float(sum(not question.counts for question in questions))
+    figures = update_policy(run, groups, rows, placeholder)
+    figures |= {f"teacher_{name}": count for name, count in usage.items()}
+    figures["seconds_round"] = round_ended - began
+    figures["seconds_update"] = time.time() - round_ended
+    figures["skipped"] = float(sum(question.is_placeholder for question in questions))
     figures["repaired_advantage"] = sum(c.advantage for c in counted if c.repaired is not None)
     return groups, rows, figures
 
 
 def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> None:
-    """A_i within each group; the std of a batch is of all processes' rollouts that count."""
+    """Set A_i within each group. The std of a batch is over the rollouts of all processes."""
     rewards = torch.tensor([[chosen.reward for chosen in group] for group in groups])
     batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
     advantages = grpo.group_advantages(rewards, scale, batch_std)  # (questions, G)
@@ -217,11 +221,11 @@ def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> 
         chosen.advantage = advantage
 
 
-def update(run, groups: list[list[Chosen]], rows: list[dict], spare: Question) -> dict:
-    """J(θ) on the chosen rollouts' own tokens, under their own prompts."""
+def update_policy(run, groups: list[list[Chosen]], rows: list[dict], placeholder: Question) -> dict:
+    """Maximize J(θ) on the tokens of the chosen rollouts, each under its own prompt."""
     prompts, trained = ffr.episodes(groups)
     tokens = max(total(rows, "length"), 1)  # Σ|τ̂_i| of all processes
-    stand_in = ffr.stand_in(run.student, spare) if grpo.is_sharded(run.model) else None
+    stand_in = ffr.stand_in(run.student, placeholder) if grpo.is_sharded(run.model) else None
     figures = grpo.update(
         run.accelerator,
         run.model,
@@ -249,7 +253,7 @@ class Run(NamedTuple):
 
 
 def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
-    """Hand the model to accelerate; the student keeps it unwrapped."""
+    """Hand the model and its optimizer to accelerate. The student keeps the unwrapped model."""
     model = student.model
     rate, decay = config.learning_rate, config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
@@ -276,7 +280,7 @@ def progress_bar(done: int, steps: int, accelerator) -> tqdm:
 
 
 def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[data.Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, less the last partial step."""
+    """This process's samples of a step: a seeded shuffle per epoch, without a partial last step."""
     count = config.questions_per_device
     per_step = count * accelerator.num_processes
     epoch, step_of_epoch = divmod(step, len(samples) // per_step)
@@ -286,48 +290,53 @@ def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[dat
     return [samples[i] for i in order[start : start + count]]
 
 
-def open_questions(student: Student, samples: list, spare: Question) -> list[Question]:
-    """Open each sample. `spare` stands in for one that fails, so that processes keep in step."""
+def open_questions(student: Student, samples: list, placeholder: Question) -> list[Question]:
+    """Open each sample; where one fails, the placeholder keeps this process in step with others."""
     questions = []
     for sample in samples:
         try:
             questions.append(ffr.open_question(student, sample))
         except ValueError as error:
             tqdm.write(f"skipped: {error}")
-            questions.append(replace(spare, counts=False))
+            questions.append(replace(placeholder, is_placeholder=True))
     return questions
 
 
-def watch_teacher(history: list[dict], rows: list[dict], tell: bool) -> str | None:
-    """Tell the first failure of each cause, and a step in which no failed rollout got a patch.
-    Returns a sentence where that holds of the last HELPLESS steps that asked the teacher."""
-    words = {}  # of each cause, those of its first failure in this step
+def first_details(rows: list[dict]) -> dict[str, str]:
+    """Of each cause for which the teacher gave no patch, the words of its first failure."""
+    details = {}
     for row in rows:
         if row["cause"]:
-            words.setdefault(row["cause"], f"{row['cause']}: {row['detail']}")
-    news = []
-    for cause, said in words.items():
-        if not any(f"teacher_{cause}" in metrics for metrics in history[:-1]):
-            news.append(said)
-    if words and not history[-1]["intervention"]:
-        news.append(f"no failed rollout of step {history[-1]['step']} got a patch")
-    for line in news if tell else []:
-        tqdm.write(f"teacher: {line}")
+            details.setdefault(row["cause"], f"{row['cause']}: {row['detail']}")
+    return details
 
+
+def report_teacher_failures(history: list[dict], details: dict[str, str]) -> None:
+    """Print the first failure of each cause in its own words, and each step without any patch."""
+    for cause, detail in details.items():
+        if not any(f"teacher_{cause}" in metrics for metrics in history[:-1]):
+            tqdm.write(f"teacher: {detail}")
+    if details and not history[-1]["intervention"]:
+        tqdm.write(f"teacher: no failed rollout of step {history[-1]['step']} got a patch")
+
+
+def why_teacher_is_no_help(history: list[dict], details: dict[str, str]) -> str | None:
+    """Return why to stop, if the last HELPLESS steps that asked the teacher got no patch at all."""
     asked = [row for row in history if row["teacher_failures"] or row["intervention"]][-HELPLESS:]
     helped = any(metrics["intervention"] for metrics in asked)
-    if words and len(asked) == HELPLESS and not helped:
-        return f"the teacher helped nobody in {HELPLESS} steps ({[*words.values()][0]}): stopped"
-    return None
+    if not details or helped or len(asked) < HELPLESS:
+        return None
+    first, *_ = details.values()
+    return f"the teacher helped nobody in {HELPLESS} steps ({first}): stopped"
 
 
 @contextmanager
 def interruptible(accelerator):
-    """Yields a list. A first Ctrl-C only puts its time there, so that the step can be finished and
-    saved; a second one leaves at once. (A launcher of several processes passes on what the terminal
-    has sent to them already, and kills them after 30 seconds.)"""
+    """Yield a list in which the first Ctrl-C only notes its time, so that the step is finished and
+    saved. A second one leaves at once. (A launcher of several processes sends them once more what
+    the terminal has sent them already, and kills them after 30 seconds.)"""
     interrupts = []
-    echo = 1.0 if accelerator.num_processes > 1 else 0.0  # seconds in which a launcher passes it on
+    echo = 1.0 if accelerator.num_processes > 1 else 0.0  # seconds in which a launcher repeats it
 
     def note(signal_number, frame):
         if interrupts and time.monotonic() - interrupts[0] >= echo:
@@ -344,14 +353,14 @@ def interruptible(accelerator):
         signal.signal(signal.SIGINT, before)
 
 
-# --- metrics: what stands in metrics.jsonl (README, glossary) ---
+# --- metrics: a line of metrics.jsonl (README: What the metrics mean) ---
 MEANS = ["unaided", "failure", "intervention", "reward", "format", "truncated", "length"]
 MEANS_OF_REPAIRS = ["fix", "align", "reliance", "patch_frames", "patch_seconds"]
 LARGEST = ["grad_norm", "logp_gap", "seconds_round", "seconds_update"]  # of the processes
 
 
 def describe(chosen: Chosen) -> dict:
-    """A chosen rollout in the numbers that `summarize` works on."""
+    """The numbers of one chosen rollout, from which `summarize` makes the step's metrics."""
     patch, error, completion = chosen.patch, chosen.error, chosen.rollout.completion
     again = [] if chosen.repaired is None else chosen.repaired.completion.ids
     frames = sum(last - first + 1 for first, last in patch.spans) if patch else 0
@@ -376,7 +385,7 @@ def describe(chosen: Chosen) -> dict:
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics, from `rows` of its rollouts and `updates`, the figures of its processes."""
+    """A step's metrics, from the `rows` of its rollouts and the figures of each process."""
     repaired = [row for row in rows if row["intervention"]]
     metrics = {name: mean(rows, name) for name in MEANS}
     metrics |= {name: mean(repaired, name) for name in MEANS_OF_REPAIRS}
@@ -404,8 +413,7 @@ def total(rows: list[dict], name: str) -> float:
 
 
 def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
-    """A step's metrics to the progress line, the trackers and metrics.jsonl; a picture now and
-    then."""
+    """Write a step's metrics to the progress line, trackers and file; sometimes draw a repair."""
     bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("unaided", "intervention", "fix")}, False)
     run.accelerator.log(metrics, step=metrics["step"])
     if run.accelerator.is_main_process:
@@ -414,8 +422,8 @@ def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
 
 
 def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
-    """Draw a repair that came out right, eight in a run; each fourth picture is of one that did
-    not. Where a step has none of the kind, one of the other is drawn."""
+    """Draw a repair of the step, about eight times in a run: three that came out right, then one
+    that did not, or of the other kind where there is none."""
     folder = Path(run.config.out, "repairs")
     drawn = len([*folder.glob("*.txt")])
     if drawn * run.steps > 8 * (step - 1):
@@ -432,7 +440,7 @@ def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
 
 
 def track_picture(accelerator, file: Path, step: int) -> None:
-    """Give a repair's picture to the trackers that take pictures, each in the form it wants."""
+    """Send a repair's picture to the trackers that take pictures, each in its own form."""
     for tracker in accelerator.trackers:
         picture = Image.open(file)
         if tracker.name == "tensorboard":
@@ -441,12 +449,12 @@ def track_picture(accelerator, file: Path, step: int) -> None:
             tracker.log_images({"repair": [picture]}, step=step)
 
 
-# --- evaluation and a run in figures ---
+# --- evaluation, and the figures of a run ---
 def evaluate(
-    config: Config, accelerator, student, samples, teach, spare, name: str, at_once=64
+    config: Config, accelerator, student, samples, teach, placeholder, name: str, at_once=64
 ) -> list[dict]:
-    """Greedy answers to held-out records: is each right unaided, and with the teacher's help where
-    it was not? Rows are kept in OUT/`name`.jsonl; a run that goes on asks for the others only."""
+    """Greedy answers to held-out records: is each right unaided, and with a patch where it was not?
+    Rows are kept in OUT/`name`.jsonl, so that a resumed run asks only what is missing there."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     file, processes = Path(config.out, f"{name}.jsonl"), accelerator.num_processes
     rows = shared_rows(accelerator, file)
@@ -456,12 +464,13 @@ def evaluate(
     for start in tqdm(starts, name, leave=False, disable=not accelerator.is_main_process):
         batch = left[start : start + at_once * processes]
         mine = batch[accelerator.process_index :: processes]
-        questions = open_questions(student, mine, spare) or [replace(spare, counts=False)]
+        questions = open_questions(student, mine, placeholder)
+        questions = questions or [replace(placeholder, is_placeholder=True)]
         with accelerator.autocast():
             groups = ffr.find_fix_reason(
                 student, questions, 1, teach, kappa=0.0, lam=0.0, seed=("evaluation",)
             )
-        counted = [chosen for chosen in flat(groups) if chosen.question.counts]
+        counted = [chosen for chosen in flat(groups) if not chosen.question.is_placeholder]
         fresh = gather_object([evaluation_row(chosen) for chosen in counted])
         if accelerator.is_main_process:
             add_rows(file, fresh)
@@ -481,7 +490,7 @@ def evaluation_row(chosen: Chosen) -> dict:
 
 
 def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
-    """A run in figures: held-out accuracy before and after, and its first and last third."""
+    """A run's figures: held-out accuracy before and after, and its first and last third."""
     third = max(len(history) // 3, 1)  # of the steps
     first, last = history[:third], history[-third:]
     repairs = sum(row["intervention"] for row in history)
@@ -496,29 +505,29 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
         "intervention_last": mean(last, "intervention"),
         "fix_rate": fixed / repairs if repairs else None,
     }
-    for row in history:
-        names = list(row)
-        for name in names[names.index("teacher_failures") :]:  # and after it those by cause
-            figures[name] = figures.get(name, 0) + row[name]
+    for metrics in history:
+        names = list(metrics)
+        for name in names[names.index("teacher_failures") :]:  # `summarize` puts the causes behind
+            figures[name] = figures.get(name, 0) + metrics[name]
     return figures
 
 
 MEANINGS = {
-    "unaided_before": "held-out questions answered right before training",
-    "unaided_after": "and after it",
-    "assisted_after": "and with a patch where the answer was wrong",
-    "failure_first": "first answers that are wrong, first third of the steps",
-    "failure_last": "and last third",
-    "intervention_first": "patches over first answers, first third",
-    "intervention_last": "and last third",
-    "fix_rate": "second answers that are right",
-    "teacher_failures": "wrong answers that got no patch",
-    "seconds": "with both evaluations",
+    "unaided_before": "of held-out questions right before training, no teacher",
+    "unaided_after": "of held-out questions right after training, no teacher",
+    "assisted_after": "the same, with a patch wherever the first answer was wrong",
+    "failure_first": "of first answers wrong, first third of training",
+    "failure_last": "of first answers wrong, last third",
+    "intervention_first": "of first answers got a patch, first third of training",
+    "intervention_last": "of first answers got a patch, last third",
+    "fix_rate": "of second answers right, whole training",
+    "teacher_failures": "wrong first answers that got no patch",
+    "seconds": "whole run, with both evaluations",
 }
 
 
 def print_table(figures: dict) -> None:
-    """The run's figures, with a word on each."""
+    """Print the run's figures, a line each, with what it means."""
     print()
     for name, value in figures.items():
         words = MEANINGS.get(name, "")
@@ -536,8 +545,8 @@ def print_table(figures: dict) -> None:
 
 # --- the student and the teacher ---
 def add_adapters(model, rank: int):
-    """The model, frozen, with trainable adapters (LoRA) beside the linear parts of its text layers.
-    They begin at 0: the policy is as it was until the first update."""
+    """Freeze the model and put trainable adapters (LoRA) beside the linear layers of its decoder.
+    Their product begins at 0: until the first update the policy is as it was."""
     from peft import LoraConfig, get_peft_model
 
     names = {module: name for name, module in model.named_modules()}
@@ -547,8 +556,8 @@ def add_adapters(model, rank: int):
 
 
 def store_linears_in_bf16(model) -> None:
-    """Halve frozen linear layers. Autocast casts their weights at each call, so nothing changes;
-    norms and embeddings, tied ones too, it leaves in fp32, and so does this."""
+    """Halve the memory of frozen linear layers. Autocast casts their weights at each call, so this
+    changes nothing. It leaves norms and embeddings, tied ones too, in fp32, and so does this."""
     tied = model.get_input_embeddings().weight
     for part in model.modules():
         if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
@@ -556,8 +565,8 @@ def store_linears_in_bf16(model) -> None:
 
 
 def reference_policy(config: Config, accelerator, model):
-    """π_ref, the policy before training: None at β = 0; with adapters the model itself, called
-    without them; else a frozen copy. `model` is not yet the accelerator's."""
+    """π_ref, the policy before training: None at β = 0; with adapters the model itself, which is
+    called without them; else a frozen copy. `model` is not yet wrapped by accelerate."""
     if config.lora_rank or config.beta == 0:
         return model if config.beta > 0 else None
     reference = deepcopy(model).eval().requires_grad_(False)
@@ -587,20 +596,20 @@ def load_student(config: Config, accelerator: Accelerator) -> Student:
 
 
 def load_teacher(config: Config, samples: list[data.Sample], device):
-    """The brain that the settings name, inside the protocol of teacher.py."""
+    """The teacher that the settings name: a function of cases, or None where nobody teaches."""
     if config.method == "grpo" or config.eval_only:  # at test time there is no teacher
         return None
     Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
     evidence = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
     try:
-        return teacher.load_teacher(config, device, gate, answers, evidence)
+        return teacher.load_teacher(config, device, gate, answers_correctly, evidence)
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from error
 
 
 # --- what a run keeps ---
 def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
-    """The rows of a file up to step `last`; later ones and a line that was cut off leave it."""
+    """The rows of a file up to step `last`. Later rows and an unfinished line are cut off it."""
     if not file.is_file():
         return []
     rows, size = [], 0
@@ -620,13 +629,13 @@ def add_rows(file: Path, rows: list[dict]) -> None:
 
 
 def shared_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
-    """`read_rows` by the main process, for every process."""
+    """`read_rows`, by the main process for all."""
     rows = read_rows(file, last) if accelerator.is_main_process else []
     return broadcast_object_list([rows])[0]
 
 
 def resume(config: Config, accelerator) -> tuple[int, list[dict]]:
-    """Load the newest checkpoint, if the run goes on: the steps done, and their metrics."""
+    """Load the newest checkpoint, if the run is resumed. Returns the steps done, their metrics."""
     folder = newest_checkpoint(config) if config.resume else None
     if folder:
         accelerator.load_state(str(folder))
@@ -639,8 +648,8 @@ def newest_checkpoint(config: Config) -> Path | None:
 
 
 def save_checkpoint(config: Config, accelerator, step: int) -> Path:
-    """Weights, optimizer, schedule and random states, whole or not at all; the oldest go. (The
-    accelerator's own rotation removes old ones first, and can leave half of a new one.)"""
+    """Save weights, optimizer, schedule and random states, whole or not at all; then remove the
+    oldest. (accelerate's own rotation removes them first, and may leave half of a new one.)"""
     folder = Path(config.out, "checkpoints")
     try:
         accelerator.save_state(str(folder / "part"))
@@ -658,7 +667,7 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
 
 
 def checkpoint_fault(error: BaseException, step: int) -> str:
-    """What kept a checkpoint from being written; torch wraps the errors of ranks into one."""
+    """Why a checkpoint could not be written. torch wraps the errors of the ranks into one."""
     causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
     reason = " ".join(str((causes or [error])[0]).split())
     full = "No space|too large|quota|write failed|unexpected pos"  # the last two are torch's
@@ -677,9 +686,9 @@ def save_model(run: Run) -> None:
 
 
 def open_run(config: Config, accelerator) -> Config:
-    """Prepare OUT, and tiny mode's videos there; returns the settings with what tiny mode adds."""
+    """Prepare OUT, in tiny mode with its videos. Returns the settings, with what tiny mode adds."""
     if accelerator.is_main_process:
-        write_manifest(config, accelerator.num_processes)
+        claim_folder(config, accelerator.num_processes)
     if not config.model:
         config = tiny_run(config, accelerator)
     accelerator.wait_for_everyone()
@@ -687,46 +696,49 @@ def open_run(config: Config, accelerator) -> Config:
     return config
 
 
-def write_manifest(config: Config, processes: int) -> None:
-    """Write what a run's figures depend on into OUT. Where that holds a run, --resume refuses other
-    settings, and without it only a tiny run is replaced, by a tiny run."""
+def claim_folder(config: Config, processes: int) -> None:
+    """Write OUT's manifest: all that the run's figures depend on. Where OUT holds a run already,
+    --resume refuses other settings. Without it only a tiny run is replaced, by a tiny run."""
     out = Path(config.out)
     file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
-    now = vars(config) | {"processes": processes}
-    now["versions"] = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    files = [path for path in (config.data, config.eval_data, config.skip) if path]
-    now["sha256"] = {path: data.digest(path) for path in files}
-
-    then = read_manifest(file)
-    rows = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
-    begun = any(Path(out, f"{name}.jsonl").exists() for name in rows)
-    differ = ", ".join(name for name in now if name not in FREE and then.get(name) != now[name])
+    manifest, earlier = manifest_of(config, processes), read_manifest(file)
+    names = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
+    begun = any(Path(out, f"{name}.jsonl").exists() for name in names)
+    compared = [name for name in manifest if name not in MAY_DIFFER]
+    differ = ", ".join(name for name in compared if earlier.get(name) != manifest[name])
+    replaces = not config.resume and not config.model and earlier.get("model") == ""
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    replaces = not config.resume and not config.model and then.get("model") == ""
     if begun and not config.resume and not replaces:
         raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
     if replaces:
         print(f"train.py: {out} holds a tiny run; this one replaces it")
         remove_tiny_run(out)
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=1) + "\n")
+    file.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def manifest_of(config: Config, processes: int) -> dict:
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    files = [path for path in (config.data, config.eval_data, config.skip) if path]
+    hashes = {path: data.digest(path) for path in files}
+    return vars(config) | {"processes": processes, "versions": versions, "sha256": hashes}
 
 
 def read_manifest(file: Path) -> dict:
-    """The settings of the run that OUT holds; {} where it holds none."""
+    """The manifest of the run that OUT holds; {} where it holds none."""
     try:
-        then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
-        then = None
-    if then is None or (then and "sha256" not in then):
+        manifest = None
+    if manifest is None or (manifest and "sha256" not in manifest):
         raise ValueError(f"{file} is not of a run: choose another --out")
-    return then
+    return manifest
 
 
 def remove_tiny_run(out: Path) -> None:
-    """Remove what tiny mode writes, so that an interrupted run leaves no mixture of two. The
-    manifest goes last: as long as it is there, the next run removes the rest."""
+    """Remove all that tiny mode writes, so that files of two runs never mix. The manifest goes
+    last: as long as it is there, the next run removes the rest."""
     for name in ("checkpoints", "repairs", "model", "ffr", *NEEDLES):  # ffr: a tracker's
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl", "manifest.json"):
@@ -735,10 +747,10 @@ def remove_tiny_run(out: Path) -> None:
 
 # --- main ---
 def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator, for the devices and processes that there are. Raises ValueError."""
+    """The accelerator, for the devices and processes at hand. Raises ValueError."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
-    cpu = not torch.accelerator.is_available()  # only if told so does accelerate join CPU processes
+    cpu = not torch.accelerator.is_available()  # accelerate joins CPU processes only if told so
     precision = {"auto": None if cpu else "bf16", "bf16": "bf16", "fp32": "no"}[config.precision]
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)
     accelerator = Accelerator(
@@ -764,7 +776,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def threads_of(processes: int) -> int:
-    """Threads of each process: the user's OMP_NUM_THREADS, else what the machine has, up to 4."""
+    """Threads of each process: the user's OMP_NUM_THREADS, or else up to 4 of the machine's cores.
+    accelerate launch sets that variable itself, so the user's is the launcher's own."""
     environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
     users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", of_launcher("environ") or environment)
     if users:
@@ -776,7 +789,7 @@ def threads_of(processes: int) -> int:
 
 
 def of_launcher(what: str) -> str:
-    """A launcher's "cmdline" or "environ", which it changes for its children; "" without one."""
+    """The "cmdline" or "environ" of the launcher, as it was started with; "" without a launcher."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     file = Path(f"/proc/{os.getppid()}/{what}")
     if not launched or not file.exists():
@@ -785,7 +798,7 @@ def of_launcher(what: str) -> str:
 
 
 def tiny_run(config: Config, accelerator) -> Config:
-    """Tiny mode's settings: the shipped cold start, and needle videos, which are written here."""
+    """Write tiny mode's needle videos. Returns its settings, with these and the shipped student."""
     ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
     accelerator.print("Tiny mode. (A notice above is accelerate's: its defaults are right here.)")
     accelerator.print("In brackets, with --model:", *ours[2:], sep="\n  ")
@@ -801,7 +814,7 @@ def tiny_run(config: Config, accelerator) -> Config:
 
 
 def load_records(config: Config, accelerator) -> tuple[list, list]:
-    """Training and held-out records, all of whose videos open."""
+    """The training and the held-out records, whose videos all open."""
     samples = data.load_samples(config.data, config.video_root, config.skip)
     held_out = []
     if config.eval_data:
@@ -814,8 +827,9 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
     return samples, held_out
 
 
-def open_spare(student: Student, samples: list[data.Sample]) -> Question:
-    """A question that opens, of the longest text: is its prompt within the limit?"""
+def open_placeholder(student: Student, samples: list[data.Sample]) -> Question:
+    """Open the question with the longest text. It stands in for records that fail to open later,
+    and shows now whether prompts keep to their limit."""
     return ffr.open_question(student, max(samples, key=lambda s: len(s.question + str(s.options))))
 
 
@@ -835,17 +849,17 @@ def main() -> None:
         samples, held_out = load_records(config, accelerator)
         student = load_student(config, accelerator)
         teach = load_teacher(config, samples + held_out, accelerator.device)
-        spare = open_spare(student, samples)
+        placeholder = open_placeholder(student, samples)
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: {error}") from error
 
     if config.eval_only:
-        rows = evaluate(config, accelerator, student, samples, None, spare, name="evaluation")
+        rows = evaluate(config, accelerator, student, samples, None, placeholder, name="evaluation")
         figures = {"records": len(samples), "answered": len(rows)} | accuracy(rows)
     else:
-        before = evaluate(config, accelerator, student, held_out, None, spare, name="before")
-        history = train(config, accelerator, student, samples, teach, spare)
-        after = evaluate(config, accelerator, student, held_out, teach, spare, name="after")
+        before = evaluate(config, accelerator, student, held_out, None, placeholder, name="before")
+        history = train(config, accelerator, student, samples, teach, placeholder)
+        after = evaluate(config, accelerator, student, held_out, teach, placeholder, name="after")
         figures = summarize_run(before, after, history)
         figures |= {"seconds": round(time.time() - began, 1), "seed": config.seed}
         figures |= {"method": config.method, "processes": accelerator.num_processes}

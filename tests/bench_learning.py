@@ -390,7 +390,7 @@ class Run:
         evidence = {s.id: s.truth["evidence"] for s in self.samples + held_out}
         gate = (lambda patch, case: None) if job.arm == "leaking teacher" else reward.gate
         self.teach, self.helped = (
-            teacher.load_teacher(shown, None, one, reward.answers, evidence)
+            teacher.load_teacher(shown, None, one, reward.answers_correctly, evidence)
             for one in (gate, reward.gate)
         )
         self.opened = {}

@@ -105,7 +105,7 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     brain = chat if rank else raising
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
     if rank == 0:
-        questions[1] = replace(questions[0], counts=False)
+        questions[1] = replace(questions[0], is_placeholder=True)
     groups = ffr.find_fix_reason(
         student,
         questions,

@@ -74,7 +74,7 @@ def test_different_patches_of_one_question_have_prompts_of_their_own(student, qu
 
 
 def test_stand_ins_reach_no_teacher_and_train_nothing(student, questions):
-    broken = replace(questions[1], counts=False)
+    broken = replace(questions[1], is_placeholder=True)
     asked = []
 
     def teach(cases):

@@ -520,25 +520,25 @@ def blind_brain(reads, says=patch_json):
 
 def test_words_that_answer_the_question_blind_are_asked_for_again_then_left_out():
     chat = blind_brain(lambda text: "book" if "follow the hand" in text else "no idea")
-    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    (patch,) = diagnose([make_case()], chat, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "" and patch.key_frames == [4] and len(patch.refusals) == 2
     assert [("follow the hand" in text) for text in chat.asked] == [False, True, True]
     assert all("What is put down?" in text and "book" not in text for text in chat.asked)
     careful = blind_brain(lambda text: "no idea")
-    (patch,) = diagnose([make_case()], careful, right=reward.answers)
+    (patch,) = diagnose([make_case()], careful, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "follow the hand" and not patch.refusals
 
 
 def test_what_a_brain_knows_without_words_is_not_told_by_them():
     """Right in any case: the words are not to blame, and not even read."""
-    chat, alone = blind_brain(lambda text: "<think>hm</think><answer>the book</answer>"), {}
+    chat, guessable = blind_brain(lambda text: "<think>hm</think><answer>the book</answer>"), {}
     cases = [make_case(response=words, answer="the book") for words in "abc"]
-    patches = diagnose(cases, chat, right=reward.answers, alone=alone)
-    assert {patch.guidance for patch in patches} == {"follow the hand"} and [*alone.values()] == [
-        True
-    ]
+    patches = diagnose(cases, chat, answers_correctly=reward.answers_correctly, guessable=guessable)
+    assert {patch.guidance for patch in patches} == {"follow the hand"} and [
+        *guessable.values()
+    ] == [True]
     assert len(chat.asked) == 1
-    diagnose(cases, chat, right=reward.answers, alone=alone)
+    diagnose(cases, chat, answers_correctly=reward.answers_correctly, guessable=guessable)
     assert len(chat.asked) == 1  # once a question, not once a step
 
 
@@ -547,7 +547,7 @@ def test_words_that_could_not_be_read_blind_are_left_out():
         lost = TeacherError("http_500", "busy")
         return [(patch_json(), 1) if len(talk) > 1 else lost for talk in talks]
 
-    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    (patch,) = diagnose([make_case()], chat, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "" and patch.key_frames == [4] and "http_500" in patch.refusals[0]
 
 
@@ -564,7 +564,10 @@ def test_one_bad_reply_costs_its_case_alone(tmp_path):
 def test_patch_without_words_is_not_read_blind():
     chat = blind_brain(lambda text: "book", lambda: patch_json(""))
     (patch,) = diagnose(
-        [make_case()], chat, right=reward.answers, alone={("c", "What is put down?"): False}
+        [make_case()],
+        chat,
+        answers_correctly=reward.answers_correctly,
+        guessable={("c", "What is put down?"): False},
     )
     assert patch.key_frames == [4] and chat.asked == []
 
@@ -623,8 +626,16 @@ def test_equal_blind_talks_are_asked_once_and_replayed_alike(tmp_path):
     for brain_or_none in (chat, None):
         spent = Counter()
         ask = teacher.cached(brain_or_none, str(tmp_path), "b", spent)
-        alone = {("c", "What is put down?"): False}
-        runs.append(teacher.diagnose(cases, ask, reward.gate, right=reward.answers, alone=alone))
+        guessable = {("c", "What is put down?"): False}
+        runs.append(
+            teacher.diagnose(
+                cases,
+                ask,
+                reward.gate,
+                answers_correctly=reward.answers_correctly,
+                guessable=guessable,
+            )
+        )
         assert (spent["calls"] > 0) is (brain_or_none is not None)
     assert list(map(repr, runs[0])) == list(map(repr, runs[1]))
     assert len({patch.guidance for patch in runs[0]}) == 1
@@ -682,7 +693,7 @@ def test_a_gate_that_raises_costs_its_case():
 def test_thoughts_of_the_blind_reader_are_not_its_answer():
     said = "<think>the answer is <answer>cup</answer>?</think>\n<answer>book</answer>"
     chat = blind_brain(lambda text: said if "follow the hand" in text else "no idea")
-    (patch,) = diagnose([make_case()], chat, right=reward.answers)
+    (patch,) = diagnose([make_case()], chat, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "" and len(patch.refusals) == 2
 
 

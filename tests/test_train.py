@@ -487,7 +487,7 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 920, "reward": 450, "ffr": 645, "grpo": 550, "data": 720, "train": 870}
+LIMITS = {"teacher": 950, "reward": 470, "ffr": 660, "grpo": 560, "data": 720, "train": 880}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -512,7 +512,7 @@ def test_every_setting_is_read():
 def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
     make_config, accelerator, samples, some_right, tmp_path, monkeypatch, capsys
 ):
-    def refuses(cases, spent):
+    def refuses(cases, usage):
         return [teacher.TeacherError("http_402", "no credit left")] * len(cases)
 
     monkeypatch.setattr(train, "HELPLESS", 3)
@@ -535,7 +535,7 @@ def test_teacher_that_helps_now_and_then_does_not_stop_the_run(
 ):
     steps = []
 
-    def every_second(cases, spent):
+    def every_second(cases, usage):
         steps.append(cases)
         if len(steps) % 2:
             return [teacher.TeacherError("busy")] * len(cases)
