@@ -152,7 +152,7 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
 
 
 def parse_json(text: bytes, where: str):
-    """Parse JSON. Raises `DataError` for any fault, like a number of 5,000 digits or deep nesting."""
+    """Parse JSON. Raises `DataError` for any fault, deep nesting or numbers of 5,000 digits too."""
     try:
         return json.loads(text.decode())
     except UnicodeDecodeError as error:

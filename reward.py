@@ -360,7 +360,8 @@ SYNONYMS = """0 zero none|1 one single|2 two twice pair|3 three|4 four|5 five|6 
     |throw threw thrown|tear tore torn|take took taken|back behind"""
 FIRST_SYNONYM = {word: row.split()[0] for row in SYNONYMS.split("|") for word in row.split()}
 STOP_WORDS = r"""(?x: \b(an|and|are|as|at|be|by|do|does|for|from|has|he|her|his|in|into|is|its?|off?
-    |on|only|or|out|she|that|the|their|then|there|they|this|to|up|was|were|with|you|hands?|keep)\b)"""
+    |on|only|or|out|she|that|the|their|then|there|they|this|to|up|was|were|with|you|hands?
+    |keep)\b)"""
 NOT_A_NUMBER = r"(?<!-)\bone (?=by|of|from|as|only|with|that)|\b(this|each) one\b"
 NOT_A_PLACE = r"\bright (?=after|before|when|as|at)"
 WORD_ENDING = r"(?<=[^\W\d]{6}).+|(?<=[^\W\d]{3})(ing|ish|ed|es|e?n|s|y|e)$"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,11 @@ import teacher
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PIECES = (ROOT / "assets" / "pieces.md").read_text(encoding="utf-8")
 
 
 def test_every_named_function_exists():
-    named = re.findall(r"`(\w+)\.py::(\w+)`", README)
+    named = re.findall(r"`(\w+)\.py::(\w+)`", README + PIECES)
     assert len(named) > 15
     for file, function in named:
         source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
@@ -40,8 +42,9 @@ def test_the_table_is_the_measured_one():
 
 def test_leak_table_is_the_measured_one():
     found = json.loads((ROOT / "assets" / "leaks.json").read_text())
-    more = (ROOT / "assets" / "leaks.md").read_text(encoding="utf-8")
+    text = (ROOT / "assets" / "leaks.md").read_text(encoding="utf-8")
     halves, words = (found, found["held_out"]), " ".join(README.split())
+    totals = []
     for label, hit, among in (
         ("the answer is stated", "caught", "leaks"),
         ("clean", "refused", "clean"),
@@ -51,15 +54,20 @@ def test_leak_table_is_the_measured_one():
             ", ".join(f"{half[key]} of {half[among]}" for half in halves)
             for key in (hit, f"{hit}_blind")
         )
-        assert f"| {label} | {rules} | {blind} |" in README
+        assert f"| {label} | {rules} | {blind} |" in text
+        totals += [sum(half[key] for half in halves) for key in (among, f"{hit}_blind")]
+    told = (
+        "Of {} patches that state the answer, {} are refused, of {} clean ones {}, of {} that imply"
+    )
+    assert told.format(*totals[:5]) + f" it {totals[5]}" in words
     for label, among in (("stated", "leaks"), ("implied", "implied")):
         caught, of = (
             sum(half[f"{among}_unguessed{end}"] for half in halves) for end in ("_blind", "")
         )
-        assert f"{caught} of {of} {label}" in words
+        assert f"{caught} of {of} {label}" in " ".join(text.split())
     probe = found["blind_probe"]
     for share in ("question_alone", "patch", "leaking_teacher", "leaking_teacher_gated", "chance"):
-        assert f"{probe[share]:.3f}" in more
+        assert f"{probe[share]:.3f}" in text
 
 
 MEMORY = (
@@ -80,9 +88,8 @@ def test_memory_table_is_the_computed_one():
     peaks = sum(2 * len(points) for points in found["points"].values())
     assert f"{peaks} peaks met within {math.ceil(100 * worst)} %" in " ".join(text.split())
     assert columns[1]["8 GPUs, FSDP2"] < 70 and columns[3]["one GPU"] < 80
-    one, lora = (columns[k]["one GPU"] for k in (1, 3))
-    said = f"{one:.1f} GB with checkpointing, {lora:.1f} with LoRA of rank 16; on 8 with FSDP2"
-    assert f"{said} {columns[1]['8 GPUs, FSDP2']:.1f} each" in " ".join(README.split())
+    assert f"a 7B: {columns[3]['one GPU']:.1f} GB (computed)" in README
+    assert f"a 7B: {columns[1]['8 GPUs, FSDP2']:.1f} GB each (computed)" in README
 
 
 def test_gpu_table_is_the_measured_one():
@@ -102,11 +109,12 @@ def test_gpu_table_is_the_measured_one():
     assert f"`generate` takes {cell(whole['generate'])}" in words
     assert f"own cache, {cell(whole['bare calls of generate'])}" in words
     assert f"differ by {whole['logp_gap']:.2f} at most" in words
-    first, second = (
-        "{seconds:.2f} s and {peak_GB:.1f} GB".format(**found[way]["update, shared rows"])
-        for way in ("all weights, checkpointed", "LoRA, checkpointed")
-    )
-    assert f"takes {first}, with LoRA {second}" in " ".join(README.split())
+    lora = found["LoRA, checkpointed"]["update, shared rows"]["peak_GB"]
+    assert f"a 3B: {whole['update, shared rows']['peak_GB']:.1f} GB at its peak" in README
+    assert f"a 3B: {lora:.1f} GB; a 7B" in README
+    seconds = (whole[name]["seconds"] for name in ("generate", "update, shared rows"))
+    told = "took {:.2f} s to sample first answers and {:.2f} s for the update".format(*seconds)
+    assert told in " ".join(README.split())
 
 
 def test_speed_table_is_the_measured_one():
@@ -170,10 +178,15 @@ def test_ci_runs_the_readme_s_test_command():
 
 
 def snippet(word: str) -> str:
-    (code,) = [
-        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in code
-    ]
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", PIECES, re.DOTALL) if word in c]
     return code
+
+
+def commands(word: str) -> list[list[str]]:
+    """The words of each command of the README's block that holds `word`."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_reward_for_trl_is_the_robust_improvement_reward():
@@ -194,7 +207,7 @@ def test_reward_for_trl_is_the_robust_improvement_reward():
 
 def test_teacher_of_ones_own_needs_teacher_alone(tmp_path):
     shutil.copy(ROOT / "teacher.py", tmp_path)
-    code = snippet("class Clip") + "\nprint(patch, patch.transcript)"
+    code = snippet("class Clip") + "print(patch.transcript)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
@@ -259,7 +272,7 @@ def test_the_round_and_its_command_need_no_train(samples, model_folder, tmp_path
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     loop = snippet("ffr.find_fix_reason") + "\nprint(sum(c.repaired is not None for c in group))"
     done = run_alone(tmp_path, "-c", loop)
-    assert int(done.stdout) > 0
+    assert int(done.stdout.splitlines()[-1]) > 0
     sample = samples[0]
     given = {"question": sample.question, "answer": sample.answer, "model": model_folder}
     given |= {"teacher_model": model_folder, "prompt": "{question}", "num_frames": "4"}
@@ -278,49 +291,43 @@ def run_alone(folder, *arguments):
 
 
 def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, tmp_path):
-    (command,) = re.findall(r"`python (ffr\.py VIDEO [^`]*)`", README)
-    command = (
-        command.replace("VIDEO", samples[0].path)
-        .replace("PATH", model_folder)
-        .replace('"…"', "ring")
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            *command.split(),
-            "--out",
-            str(tmp_path),
-            "--num_frames",
-            "4",
-            "--max_completion_length",
-            "4",
-            "--teacher_max_tokens",
-            "4",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "0 of 8 right at first (free-form), 0 of 0" in done.stdout
+    (command,) = commands("ffr.py clip.mp4")
+    words = [samples[0].path if word == "clip.mp4" else word for word in command[1:]]
+    words = [model_folder if "Qwen" in word else word for word in words]
+    small = ["--num_frames", "4", "--max_completion_length", "4", "--teacher_max_tokens", "4"]
+    done = run_alone(ROOT, *words, "--out", str(tmp_path), *small)
+    assert "0 of 8 right at first (multiple choice), 0 of 0" in done.stdout
     assert "  No patch (malformed" in done.stdout and "Loading" not in done.stderr
 
 
 @pytest.mark.slow
 def test_smoke_test_of_ones_own_data_takes_three_steps(samples, model_folder, tmp_path):
-    """The README's first two commands, on needle videos and with a student that is its teacher."""
-    (block,) = [
-        code for code in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "smoke" in code
-    ]
-    check, smoke, _ = block.replace("\\\n", " ").splitlines()
+    """The README's check and smoke test, on needle videos, with a student that is its teacher."""
     file = shutil.copytree(Path(samples[0].path).parent, tmp_path / "data") / "records.jsonl"
-    words = {"FILE": str(file), "PATH": model_folder, "FILE.skip.json": f"{file}.skip.json"}
+    words = {"my.jsonl": str(file), "my.jsonl.skip.json": f"{file}.skip.json"}
+    words |= {"STUDENT": model_folder, "TEACHER": model_folder}
     words |= {"runs/smoke": str(tmp_path / "smoke")}
-    for command in (check, smoke):
-        arguments = [words.get(word, word) for word in command.split()[1:]]
-        run_alone(ROOT, *arguments)
+    for command in commands("data.py my.jsonl") + commands("runs/smoke"):
+        run_alone(ROOT, *[words.get(word, word) for word in command[1:]])
     rows = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("word", ["runs/lora ", "--multi_gpu", "--use_fsdp"])
+def test_every_command_to_train_has_settings_that_go_together(word, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: True)  # peft may not be here
+    (command,) = commands(word)
+    config = train.parse(command[command.index("train.py") + 1 :])
+    assert config.teacher == "remote" and config.skip == "my.jsonl.skip.json"
+
+
+def test_every_metric_is_explained(samples, make_config, accelerator, some_right, teach):
+    from test_train import train_once
+
+    _, (metrics,) = train_once(make_config(max_steps=1), accelerator, samples, teach)
+    text = (ROOT / "assets" / "metrics.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert {*metrics} == {*explained} - {"teacher_CAUSE"}
 
 
 def test_every_named_test_and_file_exists():
