@@ -205,6 +205,52 @@ def test_reward_for_trl_is_the_robust_improvement_reward():
     assert rewards == pytest.approx([2.0, 1.0, 2.0 - 0.3 + 0.1, 1.0 - 0.3])
 
 
+@pytest.mark.slow
+def test_reward_runs_in_trls_trainer(samples, model_folder, tmp_path):
+    """Two real steps: TRL hands the columns over as the snippet takes them, and takes its rewards."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    exec(snippet("def rir"), names := {})
+    rewards = []
+
+    def rir(completions, **columns):
+        texts = [text[-1]["content"] if isinstance(text, list) else text for text in completions]
+        rewards.append(names["rir"](texts, **columns))
+        return rewards[-1]
+
+    right = f"<think> </think><answer>{samples[0].answer}</answer>"
+    columns = {"answer": samples[0].answer, "problem_type": "exact", "prompt": "what flashes ?"}
+    failed = {"failed": "<think> </think><answer> </answer>", "spans": [[3.0, 3.5]]}
+    rows = [columns | failed, columns | {"failed": None, "spans": []}] * 4
+    settings = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        max_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+    )
+    model, processor = grpo.load_policy(model_folder)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[rir],
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor.tokenizer,
+    )
+    trainer.train()
+    # A random student is wrong and formless: 0 unaided, and as a repair less the tax.
+    assert {round(reward, 6) for group in rewards for reward in group} == {0.0, -0.3}
+    assert trainer.state.global_step == 2
+    assert names["rir"](
+        [right], failed=[None], spans=[[]], **{k: [v] for k, v in columns.items()}
+    ) == [2.0]
+
+
 def test_teacher_of_ones_own_needs_teacher_alone(tmp_path):
     shutil.copy(ROOT / "teacher.py", tmp_path)
     code = snippet("class Clip") + "print(patch.transcript)"
