@@ -45,7 +45,9 @@ def injected(student, questions):
             ids = torch.randint(5, 60, (1 + 3 * q + g,), generator=noise)
             prompt = len(questions) if q == len(questions) - 1 and g else q
             zeros = torch.zeros(len(ids))
-            episodes.append(grpo.Episode(q, prompt, ids, zeros, float(q * g - 1.5)))
+            episodes.append(
+                grpo.Episode(q, prompt, ids, sampled_logps=zeros, advantage=float(q * g - 1.5))
+            )
     prompts = [*(question.prompt for question in questions), patched]
     return dict(enumerate(prompts)), episodes
 
@@ -84,7 +86,13 @@ def gradient(folder, out, *names):
         figures = []
         for _ in range(1 if name == "keep" else 20):
             own = grpo.update(
-                accelerator, model, optimizer, batch, student.sampling, objective, reference
+                accelerator,
+                model,
+                optimizer,
+                batch,
+                sampling=student.sampling,
+                objective=objective,
+                reference=reference,
             )
             parts = train.gather_object([own])
             figures.append([sum(part[k] for part in parts) for k in ("loss", "kl")])
@@ -109,11 +117,11 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     groups = ffr.find_fix_reason(
         student,
         questions,
-        2,
-        lambda cases: teacher.diagnose(cases, brain, reward.gate),
-        0.3,
-        0.1,
-        (0, 0),
+        num_rollouts=2,
+        teacher=lambda cases: teacher.diagnose(cases, brain, reward.gate),
+        kappa=0.3,
+        lam=0.1,
+        seed=(0, 0),
     )
     rollouts = [r for group in groups for r in group]
     for place, rollout in enumerate(rollouts):
@@ -121,7 +129,9 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     prompts, episodes = ffr.episodes(groups)
     batch = grpo.Batch(prompts, episodes, 50, ffr.stand_in(student, questions[0]))
     objective = grpo.Objective(beta=0.0)
-    figures = grpo.update(accelerator, model, optimizer, batch, student.sampling, objective)
+    figures = grpo.update(
+        accelerator, model, optimizer, batch, sampling=student.sampling, objective=objective
+    )
     return rollouts, figures
 
 
@@ -137,7 +147,7 @@ def calls(folder, out):
     student.model.model.visual.register_forward_hook(lambda *_: counts.update(vision=1))
     student.model.register_forward_hook(lambda *_: counts.update(forward=1))
     model = accelerator.prepare(student.model)
-    rollouts, _ = lopsided_step(accelerator, student, samples, model, keep)
+    rollouts, _ = lopsided_step(accelerator, student, samples, model, optimizer=keep)
     report(
         accelerator,
         out,
@@ -166,7 +176,12 @@ def raises(folder, out):
         brain = raising if broken else chat
         teach = train.partial(teacher.diagnose, chat=brain, gate=reward.gate)
         history = train.train(
-            config, accelerator, replace(student, view=config), samples * 2, teach, spare
+            config,
+            accelerator,
+            student=replace(student, view=config),
+            samples=samples * 2,
+            teach=teach,
+            placeholder=spare,
         )
         facts[name] = [row | {"processes": accelerator.num_processes} for row in history]
     if accelerator.is_main_process:
@@ -194,8 +209,10 @@ def tokens(folder, out):
 
     grpo.update, ffr.find_fix_reason = keep, watch
     spare = ffr.open_question(student, samples[0])
-    train.train(config, accelerator, student, samples, None, spare)
-    rows = train.evaluate(student.view, accelerator, student, samples, None, spare, "before")
+    train.train(config, accelerator, student, samples, teach=None, placeholder=spare)
+    rows = train.evaluate(
+        student.view, accelerator, student, samples, teach=None, placeholder=spare, name="before"
+    )
     report(
         accelerator,
         out,
@@ -216,7 +233,7 @@ def sharded(folder, out):
     prompt = ffr.open_question(student, samples[0]).prompt
     _, *gathers = [gathers_of(student, prompt, tokens) for tokens in (3, 3, 12)]
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    rollouts, figures = lopsided_step(accelerator, student, samples, model, sgd)
+    rollouts, figures = lopsided_step(accelerator, student, samples, model, optimizer=sgd)
     end = whole(model)
     report(
         accelerator,

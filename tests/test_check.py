@@ -151,7 +151,9 @@ def test_decoder_that_aborts_costs_its_record_and_not_the_run(
     ]
     student = train.load_student(config, accelerator)
     spare = ffr.open_question(student, samples[1])
-    (metrics,) = train.train(config, accelerator, student, records, teach, spare)
+    (metrics,) = train.train(
+        config, accelerator, student, samples=records, teach=teach, placeholder=spare
+    )
     assert metrics["skipped"] == 1 and metrics["sampled_tokens"] > 0
 
 

@@ -60,7 +60,10 @@ def test_student_is_told_the_same_times_as_the_patch_at_a_variable_frame_rate(
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(type(student.processor), "__call__", spy)
-    question = ffr.open_question(student, Sample("v", "what ?", [], "x", "exact", path))
+    question = ffr.open_question(
+        student,
+        Sample(id="v", question="what ?", options=[], answer="x", problem_type="exact", path=path),
+    )
     assert told == pytest.approx([times[i] for i in question.indices], abs=1e-3)
     patch = ffr.EvidencePatch("temporal", key_frames=[question.indices[5]])
     label = ffr.render_patch(patch, question.video, question.spacing)[1]["text"]
@@ -143,22 +146,46 @@ def test_clip_is_shown_as_a_player_does_or_refused(name, tmp_path):
 def test_clip_cut_without_encoding_is_shown_from_its_cut(start, end, b_frames, ending, tmp_path):
     source, path = str(tmp_path / "long.mp4"), tmp_path / f"cut.{ending}"
     options = {"g": "250", "bf": b_frames, "preset": "veryfast", "crf": "12", "sc_threshold": "0"}
-    encode(source, 128, 96, Fraction(25), 500, None, options=options)
+    encode(source, width=128, height=96, rate=Fraction(25), frames=500, gaps=None, options=options)
     cut(source, str(path), start, end)
     assert is_right(path) > 100
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5])
 def test_short_clip_is_shown_whole(frames, tmp_path):
-    encode(str(tmp_path / "short.mp4"), 128, 96, Fraction(25), frames, None)
+    encode(
+        str(tmp_path / "short.mp4"),
+        width=128,
+        height=96,
+        rate=Fraction(25),
+        frames=frames,
+        gaps=None,
+    )
     assert is_right(tmp_path / "short.mp4") == frames
 
 
 def test_clip_that_counts_hidden_or_empty_frames_is_refused(tmp_path):
     said = "fewer frames decode than it counts; re-encode it"
-    encode(str(tmp_path / "trimmed.mp4"), 128, 96, Fraction(25), 200, None, options={"g": "48"})
+    encode(
+        str(tmp_path / "trimmed.mp4"),
+        width=128,
+        height=96,
+        rate=Fraction(25),
+        frames=200,
+        gaps=None,
+        options={"g": "48"},
+    )
     shorten(tmp_path / "trimmed.mp4", 0.5)
-    encode(str(tmp_path / "mpeg4.mp4"), 128, 96, Fraction(25), 60, None, "mpeg4", {"g": "12"})
+    encode(
+        str(tmp_path / "mpeg4.mp4"),
+        width=128,
+        height=96,
+        rate=Fraction(25),
+        frames=60,
+        gaps=None,
+        codec="mpeg4",
+        options={"g": "12"},
+    )
     overcount(str(tmp_path / "mpeg4.mp4"), str(tmp_path / "empty.mp4"))
     for name in ("trimmed.mp4", "empty.mp4"):
         video = data.Video(str(tmp_path / name))
@@ -169,7 +196,16 @@ def test_clip_that_counts_hidden_or_empty_frames_is_refused(tmp_path):
 @pytest.mark.parametrize("codec, options", [("h264", OPEN_264), ("libx265", OPEN_265)])
 def test_long_clip_whose_seeks_are_off_is_read_in_order(codec, options, tmp_path):
     path = tmp_path / "long.mp4"
-    encode(str(path), 64, 64, Fraction(25), 2100, None, codec, options)
+    encode(
+        str(path),
+        width=64,
+        height=64,
+        rate=Fraction(25),
+        frames=2100,
+        gaps=None,
+        codec=codec,
+        options=options,
+    )
     assert is_right(path) == 2100
     video = data.Video(str(path))
     for index in (46, 47, 48, 97, 241, 2099):
@@ -180,7 +216,16 @@ def test_open_groups_that_begin_late_are_shown_right(tmp_path):
     path = tmp_path / "late.mp4"
     forced = "keyint=48:b-adapt=0:scenecut=0:log-level=none"
     options = {"preset": "veryfast", "x265-params": forced}
-    encode(str(path), 128, 96, Fraction(25), 700, None, "libx265", options)
+    encode(
+        str(path),
+        width=128,
+        height=96,
+        rate=Fraction(25),
+        frames=700,
+        gaps=None,
+        codec="libx265",
+        options=options,
+    )
     video = data.Video(str(path))
     for index in video.uniform(64):
         assert index_of(video.frame(index)) == index
@@ -188,14 +233,16 @@ def test_open_groups_that_begin_late_are_shown_right(tmp_path):
 
 def test_pixels_are_made_square(tmp_path):
     path = str(tmp_path / "wide.mp4")
-    encode(path, 120, 90, Fraction(25), 30, None, aspect=Fraction(4, 3))
+    encode(
+        path, width=120, height=90, rate=Fraction(25), frames=30, gaps=None, aspect=Fraction(4, 3)
+    )
     video = data.Video(path)
     assert video.frame(5).size == (160, 90) and index_of(video.frame(5)) == 5
 
 
 def test_phones_rotation_is_applied(tmp_path):
     path = tmp_path / "phone.mp4"
-    encode(str(path), 96, 64, Fraction(25), 40, None)
+    encode(str(path), width=96, height=64, rate=Fraction(25), frames=40, gaps=None)
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 44  # the matrix: a quarter turn
     turn = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
@@ -210,7 +257,7 @@ def test_phones_rotation_is_applied(tmp_path):
 def test_decoder_holds_little_memory_after_a_read(tmp_path):
     """1080p, 40 s: decord itself goes on decoding into memory, gigabytes of it."""
     path = str(tmp_path / "large.mp4")
-    encode(path, 1920, 1080, Fraction(30), 1200, None)
+    encode(path, width=1920, height=1080, rate=Fraction(30), frames=1200, gaps=None)
     decoders = [data.Decoder() for _ in range(8)]
     video = data.Video(path, decoders[0])
     video.frames(video.uniform(16))
@@ -224,7 +271,7 @@ def test_decoder_holds_little_memory_after_a_read(tmp_path):
 def test_good_clips_are_fine_where_the_machine_has_fewer_cores_than_it_says(tmp_path, monkeypatch):
     """Twelve decoders at a time on what this machine has, with patience for one of them alone."""
     path = tmp_path / "large.mp4"
-    encode(str(path), 1280, 720, Fraction(30), 600, None)
+    encode(str(path), width=1280, height=720, rate=Fraction(30), frames=600, gaps=None)
     began = time.monotonic()
     data.look_at([str(path)], 16)
     patience = 1.5 * (time.monotonic() - began) + 1

@@ -10,7 +10,13 @@ import grpo
 import train
 from teacher import EvidencePatch, Region
 
-PATCH = EvidencePatch("spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.1, 0.6, 0.6))])
+PATCH = EvidencePatch(
+    error_type="spatial",
+    guidance="look",
+    key_frames=[3],
+    spans=[(3, 4)],
+    regions=[Region(3, (0.1, 0.1, 0.6, 0.6))],
+)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl", "internvl"])
@@ -77,7 +83,7 @@ def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows):
         planned = grpo.plan_rows(student.model, prompts, episodes, row_tokens)
         assert len(planned) == number and (number > 2 or planned[0].length < own - 20)
         logps, mask = grpo.batched_logps(
-            student.model, prompts, episodes, student.sampling, row_tokens
+            student.model, prompts, episodes, sampling=student.sampling, row_tokens=row_tokens
         )
         found[number] = [row[: len(e.ids)] for row, e in zip(logps, episodes)]
         found[number].append(gradient(student, found[number]))
@@ -184,9 +190,9 @@ def test_qwen2_5_vl_is_given_the_positions_its_weights_were_trained_with(
         want = published_positions(
             prompt["mm_token_type_ids"][0].tolist(),
             grids,
-            float(prompt["second_per_grid_ts"][0]),
-            vision.spatial_merge_size,
-            vision.tokens_per_second,
+            seconds_per_grid=float(prompt["second_per_grid_ts"][0]),
+            merge=vision.spatial_merge_size,
+            tokens_per_second=vision.tokens_per_second,
         )
         assert torch.equal(prompt["position_ids"][:, 0], want)
     untouched = type(own).get_rope_index(

@@ -20,7 +20,9 @@ SEED = (0, 0)
 
 
 def run(student, questions, teach, kappa=0.3, lam=0.1, rollouts=3):
-    return ffr.find_fix_reason(student, questions, rollouts, teach, kappa, lam, SEED)
+    return ffr.find_fix_reason(
+        student, questions, num_rollouts=rollouts, teacher=teach, kappa=kappa, lam=lam, seed=SEED
+    )
 
 
 def with_view(student, **changes):
@@ -79,7 +81,11 @@ def test_prompt_template_takes_any_characters(student, samples):
 def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
     """FFR Table 2, "no visual context": the same patch, its region given by its corners."""
     patch = EvidencePatch(
-        "spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.2, 0.5, 0.6), "sign")]
+        error_type="spatial",
+        guidance="look",
+        key_frames=[3],
+        spans=[(3, 4)],
+        regions=[Region(3, (0.1, 0.2, 0.5, 0.6), "sign")],
     )
     blind = with_view(student, patch_pictures=False)
     seen, unseen = (ffr.encode(s, questions[0], patch) for s in (student, blind))
@@ -90,7 +96,13 @@ def test_without_patch_pictures_the_patch_is_text_alone(student, questions):
 
 def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
     video = questions[0].video
-    patch = EvidencePatch("spatial", "", [4], [(4, 5)], [Region(4, (0.25, 0.25, 0.75, 0.5), "it")])
+    patch = EvidencePatch(
+        error_type="spatial",
+        guidance="",
+        key_frames=[4],
+        spans=[(4, 5)],
+        regions=[Region(4, (0.25, 0.25, 0.75, 0.5), "it")],
+    )
     text, frame, crop = (
         p
         for p in ffr.render_patch(patch, video, 0.5)

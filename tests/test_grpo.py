@@ -30,7 +30,16 @@ def test_loss_by_hand():
     old = -log([[0.0, 0.4, -0.4], [0.4, 0.0, 9.0]])  # ratios 1, e^0.4, e^-0.4 | e^0.4, 1
     ref = log([[0.0, 0.0, 0.5], [0.0, 0.0, 9.0]])
     mask = log([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    loss = grpo.grpo_loss(logps, old, ref, log([1.0, -1.0]), mask, 5, 0.2, 0.1)
+    loss = grpo.grpo_loss(
+        logps,
+        old,
+        ref,
+        advantages=log([1.0, -1.0]),
+        mask=mask,
+        total_tokens=5,
+        epsilon=0.2,
+        beta=0.1,
+    )
     e = 2.718281828459045
     first = 1.0 + 1.2 + e**-0.4  # A = 1: min(r, clip(r)) = 1, 1.2, e^-0.4
     second = -(e**0.4) - 1.0  # A = −1: min(−r, −clip(r)) = −e^0.4, −1
@@ -57,13 +66,26 @@ def test_loss_equals_an_independent_implementation():
                 total += min(r * a, bounded) - beta * (torch.tensor(d).exp().item() - d - 1)
                 count += 1
         mask = torch.tensor([[float(t < n) for t in range(7)] for n in lengths])
-        loss = grpo.grpo_loss(logps, old, ref, advantages, mask, count, 0.2, beta)
+        loss = grpo.grpo_loss(
+            logps, old, ref, advantages, mask, total_tokens=count, epsilon=0.2, beta=beta
+        )
         assert loss.item() == pytest.approx(-total / count, abs=1e-6)
 
 
 def test_empty_batch_has_a_finite_loss():
     zeros = torch.zeros(2, 3)
-    assert grpo.grpo_loss(zeros, zeros, None, torch.ones(2), zeros, 0, beta=0.0).item() == 0
+    assert (
+        grpo.grpo_loss(
+            zeros,
+            old_logps=zeros,
+            ref_logps=None,
+            advantages=torch.ones(2),
+            mask=zeros,
+            total_tokens=0,
+            beta=0.0,
+        ).item()
+        == 0
+    )
 
 
 def mixed_prompts(student, questions):
@@ -77,12 +99,12 @@ def mixed_prompts(student, questions):
 def test_sampled_logps_equal_scored_logps(student, questions, top_p):
     prompts = mixed_prompts(student, questions)
     sampling = grpo.Sampling(
-        0.7,
-        top_p,
-        12,
-        student.sampling.eos_ids,
-        student.sampling.pad_id,
-        student.sampling.suppressed_ids,
+        temperature=0.7,
+        top_p=top_p,
+        max_completion_length=12,
+        eos_ids=student.sampling.eos_ids,
+        pad_id=student.sampling.pad_id,
+        suppressed_ids=student.sampling.suppressed_ids,
     )
     done = sampled(student, prompts, [1, 2, 3, 4], sampling)
     batched, mask = scored(student.model, prompts, [c.ids for c in done], sampling)
@@ -108,12 +130,12 @@ def test_a_rollout_does_not_depend_on_its_batch(student, questions):
 def test_sampling_follows_the_policy(student, questions):
     """4,000 first tokens against their probabilities; a right sampler fails one run in 10^6."""
     sampling = grpo.Sampling(
-        1.0,
-        1.0,
-        1,
-        student.sampling.eos_ids,
-        student.sampling.pad_id,
-        student.sampling.suppressed_ids,
+        temperature=1.0,
+        top_p=1.0,
+        max_completion_length=1,
+        eos_ids=student.sampling.eos_ids,
+        pad_id=student.sampling.pad_id,
+        suppressed_ids=student.sampling.suppressed_ids,
     )
     done = sampled(student, [questions[0].prompt] * 4000, list(range(4000)), sampling)
     counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
@@ -198,18 +220,25 @@ def updated(
     """The figures of one `update`, each prompt its own group."""
     weights = weights or [1.0] * len(completions)
     episodes = [
-        grpo.Episode(k, k, c.ids, c.logps, advantages[k], weights[k])
+        grpo.Episode(
+            question=k,
+            prompt=k,
+            ids=c.ids,
+            sampled_logps=c.logps,
+            advantage=advantages[k],
+            weight=weights[k],
+        )
         for k, c in enumerate(completions)
     ]
     tokens = sum(len(c.ids) * weight for c, weight in zip(completions, weights))
     return grpo.update(
         accelerator,
-        student.model,
-        optimizer,
-        grpo.Batch(dict(enumerate(prompts)), episodes, tokens, stand_in),
-        student.sampling,
-        grpo.Objective(**settings),
-        reference,
+        model=student.model,
+        optimizer=optimizer,
+        batch=grpo.Batch(dict(enumerate(prompts)), episodes, tokens, stand_in),
+        sampling=student.sampling,
+        objective=grpo.Objective(**settings),
+        reference=reference,
     )
 
 
@@ -238,11 +267,11 @@ def gradients(
     figures = updated(
         student,
         accelerator,
-        keep,
-        prompts,
-        completions,
-        advantages,
-        weights,
+        optimizer=keep,
+        prompts=prompts,
+        completions=completions,
+        advantages=advantages,
+        weights=weights,
         reference=reference,
         stand_in=stand_in,
         beta=beta,
@@ -257,7 +286,9 @@ def test_update_follows_the_policy_gradient_row_by_row(student, questions, accel
     prompts = mixed_prompts(student, questions)
     done = sampled(student, prompts, [1, 2, 3, 4], student.sampling)
     advantages, weights = [0.5, -1.0, 2.0, 7.0], [1.0, 1.0, 1.0, 0.0]
-    got, figures = gradients(student, accelerator, prompts, done, advantages, weights)
+    got, figures = gradients(
+        student, accelerator, prompts, completions=done, advantages=advantages, weights=weights
+    )
     assert figures["logp_gap"] < 1e-4
     tokens = sum(len(c.ids) for c in done[:3])
     for prompt, completion, advantage in list(zip(prompts, done, advantages))[:3]:
@@ -308,7 +339,9 @@ def test_rollouts_without_advantage_cost_nothing_and_change_nothing(
     # A β whose gradient vanishes in fp32 keeps them all.
     kept, _ = gradients(student, accelerator, *rows, beta=1e-30, reference=student.model)
     assert seen == [2, 4, 4] and (left - kept).norm() / kept.norm() < 1e-5
-    none, figures = gradients(student, accelerator, prompts, done, [0.0] * 4, [1.0] * 4)
+    none, figures = gradients(
+        student, accelerator, prompts, completions=done, advantages=[0.0] * 4, weights=[1.0] * 4
+    )
     assert none.abs().max() == 0 and figures["loss"] == 0
 
 
@@ -319,7 +352,15 @@ def test_second_update_is_clipped_against_the_first_policy(student, questions, a
     reference = type(student.model)(student.model.config)
     reference.load_state_dict(student.model.state_dict())
     settings = {"num_updates": 2, "beta": 0.04, "reference": reference.eval()}
-    figures = trained(student, accelerator, prompts, done, [1.0, -1.0, 2.0], rate=1.0, **settings)
+    figures = trained(
+        student,
+        accelerator,
+        prompts,
+        completions=done,
+        advantages=[1.0, -1.0, 2.0],
+        rate=1.0,
+        **settings,
+    )
     assert figures["clipped"] > 0 and figures["kl"] > 0
 
 
@@ -351,9 +392,23 @@ def test_the_end_that_was_sampled_is_trained(student, questions, accelerator):
     sampling = replace(student.sampling, eos_ids=(int(likely),))
     (ended,) = sampled(student, prompts[:1], [0], sampling)
     assert ended.finished and ended.ids[-1] == likely and (ended.ids[:-1] != likely).all()
-    whole, _ = gradients(student, accelerator, prompts[:1], [ended], [1.0], [1.0])
+    whole, _ = gradients(
+        student,
+        accelerator,
+        prompts=prompts[:1],
+        completions=[ended],
+        advantages=[1.0],
+        weights=[1.0],
+    )
     without = ended._replace(ids=ended.ids[:-1], logps=ended.logps[:-1])
-    less, _ = gradients(student, accelerator, prompts[:1], [without], [1.0], [1.0])
+    less, _ = gradients(
+        student,
+        accelerator,
+        prompts=prompts[:1],
+        completions=[without],
+        advantages=[1.0],
+        weights=[1.0],
+    )
     (-grpo_logps(student, prompts[0], ended.ids).mean()).backward()
     want = torch.cat([p.grad.flatten() for p in student.model.parameters()])
     student.model.zero_grad()
@@ -370,7 +425,13 @@ def test_gradients_are_clipped_before_the_step(student, questions, accelerator):
     done = sampled(student, prompts, [1, 2], student.sampling)
     before = torch.cat([p.detach().flatten() for p in student.model.parameters()])
     figures = trained(
-        student, accelerator, prompts, done, [1.0, -1.0], rate=1.0, max_grad_norm=1e-3
+        student,
+        accelerator,
+        prompts,
+        completions=done,
+        advantages=[1.0, -1.0],
+        rate=1.0,
+        max_grad_norm=1e-3,
     )
     after = torch.cat([p.detach().flatten() for p in student.model.parameters()])
     assert figures["grad_norm"] > 0.01
@@ -397,7 +458,15 @@ def test_both_updates_of_a_step_are_measured_from_the_policy_that_sampled(
 
     monkeypatch.setattr(grpo, "grpo_loss", keep)
     settings = {"num_updates": 2, "rollouts_at_once": 1}
-    trained(student, accelerator, prompts, done, [1.0, -1.0], rate=0.1, **settings)
+    trained(
+        student,
+        accelerator,
+        prompts,
+        completions=done,
+        advantages=[1.0, -1.0],
+        rate=0.1,
+        **settings,
+    )
     first, second = seen[:2], seen[2:]
     for (logps, old), (later, its_old) in zip(first, second):
         assert torch.equal(old, logps) and torch.equal(its_old, old) and not torch.equal(later, old)
@@ -412,7 +481,9 @@ def test_ranks_leave_out_equally_many_idle_rollouts(student, questions, accelera
         grpo, "grpo_loss", lambda logps, *a, **k: lengths.append(len(logps)) or loss(logps, *a, **k)
     )
     monkeypatch.setattr(grpo, "gather_object", lambda idle: [*idle, 1])
-    trained(student, accelerator, prompts, done, [0.0, 0.0, 1.0, 0.0], rate=0.0)
+    trained(
+        student, accelerator, prompts, completions=done, advantages=[0.0, 0.0, 1.0, 0.0], rate=0.0
+    )
     assert lengths == [3]
 
 
@@ -423,7 +494,15 @@ def test_kl_is_that_to_the_reference(student, questions, accelerator):
     reference = type(student.model)(student.model.config).eval()
     settings = {"beta": 0.04, "reference": reference}
     now = grpo_logps(student, prompt, done.ids).detach()
-    figures = trained(student, accelerator, [prompt], [done], [1.0], rate=0.0, **settings)
+    figures = trained(
+        student,
+        accelerator,
+        prompts=[prompt],
+        completions=[done],
+        advantages=[1.0],
+        rate=0.0,
+        **settings,
+    )
     with torch.no_grad():
         theirs = grpo.completion_logps(reference, prompt, done.ids, student.sampling)
     d = theirs - now

@@ -81,16 +81,38 @@ def test_what_a_question_asks_for(question, kinds):
 
 def test_patch_has_no_region_where_a_place_and_no_time_where_a_time_is_asked():
     def patch():
-        return EvidencePatch("spatial", "look", [1], [(1, 2)], [Region(1, (0, 0, 1, 1), "the cup")])
+        return EvidencePatch(
+            error_type="spatial",
+            guidance="look",
+            key_frames=[1],
+            spans=[(1, 2)],
+            regions=[Region(1, (0, 0, 1, 1), "the cup")],
+        )
 
     where, when, who = patch(), patch(), patch()
     for each, question in ((where, "Where is it?"), (when, "When is it?"), (who, "Who is it?")):
-        assert reward.gate(each, Case("c", question, [], "Ann", "hm", None)) is None
+        assert (
+            reward.gate(
+                each,
+                Case(
+                    id="c", question=question, options=[], answer="Ann", response="hm", video=None
+                ),
+            )
+            is None
+        )
     assert where.regions == [] and where.spans and where.show_times
     assert when.regions and when.spans == [] and not when.show_times
     assert who == patch()
     labelled = EvidencePatch("spatial", "look", regions=[Region(1, (0, 0, 1, 1), "Ann's hat")])
-    assert reward.gate(labelled, Case("c", "Who is it?", [], "Ann", "hm", None)) is not None
+    assert (
+        reward.gate(
+            labelled,
+            Case(
+                id="c", question="Who is it?", options=[], answer="Ann", response="hm", video=None
+            ),
+        )
+        is not None
+    )
 
 
 def test_rates_on_the_leak_set_are_those_in_assets():

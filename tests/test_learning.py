@@ -64,9 +64,13 @@ def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(
 
 def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, teach):
     video, rng = data.Video(samples[0].path), random.Random(0)
-    case = teacher.Case("x", "q", [], "red blue", "", video)
+    case = teacher.Case(
+        id="x", question="q", options=[], answer="red blue", response="", video=video
+    )
     region = teacher.Region(4, (0.1, 0.2, 0.4, 0.6), "a square")
-    patch = teacher.EvidencePatch("spatial", "look", [4, 5], [(4, 5)], [region])
+    patch = teacher.EvidencePatch(
+        error_type="spatial", guidance="look", key_frames=[4, 5], spans=[(4, 5)], regions=[region]
+    )
     for _ in range(50):
         other = bench.change("random patch", patch, case, rng)
         (a, b), (moved,) = other.spans[0], other.regions
@@ -133,7 +137,10 @@ def test_the_bare_prompt_arm_trains_the_repaired_tokens_under_the_question_alone
 
 
 def test_repair_only_where_all_failed_asks_for_no_other_group():
-    cases = [teacher.Case(name, "q", [], "a", "", None) for name in ("x", "y", "y", "x", "y")]
+    cases = [
+        teacher.Case(id=name, question="q", options=[], answer="a", response="", video=None)
+        for name in ("x", "y", "y", "x", "y")
+    ]
     asked = []
 
     def ask(wanted: list) -> list:

@@ -42,7 +42,9 @@ def test_unaided_counts_no_assisted_answer(make_config, accelerator, samples, te
     assert (metrics["intervention"], metrics["fix"]) == (1.0, 1.0)
     patched.clear()
     spare = ffr.open_question(student, samples[0])
-    rows = train.evaluate(student.view, accelerator, student, samples, teacher, spare, "after")
+    rows = train.evaluate(
+        student.view, accelerator, student, samples, teacher, placeholder=spare, name="after"
+    )
     assert [row["unaided"] for row in rows] == [False] * 6
     assert [row["assisted"] for row in rows] == [True] * 6
 
@@ -60,7 +62,9 @@ def test_evaluation_is_greedy_and_asks_each_record_once(
         return generate(model, prompts, seeds, sampling)
 
     monkeypatch.setattr(ffr, "generate", spy)
-    rows = train.evaluate(student.view, accelerator, student, samples, None, spare, "before")
+    rows = train.evaluate(
+        student.view, accelerator, student, samples, teach=None, placeholder=spare, name="before"
+    )
     assert {*temperatures} == {0.0} and student.sampling.temperature == 1.0
     assert [row["id"] for row in rows] == [s.id for s in samples]
     assert [row["id"] for row in train.read_rows(tmp_path / "before.jsonl")] == [
@@ -164,7 +168,7 @@ def test_learning_rate_falls_by_a_cosine_and_goes_on_where_a_run_is_resumed(
     config, accelerator = make_config(**settings, resume=True), train.Accelerator(cpu=True)
     student = train.load_student(config, accelerator)
     spare = ffr.open_question(student, samples[0])
-    history = train.train(config, accelerator, student, samples, None, spare)
+    history = train.train(config, accelerator, student, samples, teach=None, placeholder=spare)
     assert [row["step"] for row in history] == [1, 2, 3, 4]
     assert rates[4:] == pytest.approx(rates[2:4])
 

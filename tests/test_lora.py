@@ -19,7 +19,13 @@ from teacher import EvidencePatch, Region
 
 pytestmark = pytest.mark.slow
 peft = pytest.importorskip("peft", reason="pip install -r requirements-dev.txt")
-PATCH = EvidencePatch("spatial", "look", [3], [(3, 4)], [Region(3, (0.1, 0.1, 0.6, 0.6))])
+PATCH = EvidencePatch(
+    error_type="spatial",
+    guidance="look",
+    key_frames=[3],
+    spans=[(3, 4)],
+    regions=[Region(3, (0.1, 0.1, 0.6, 0.6))],
+)
 SIZES = {"frame_pixels": 56 * 56, "picture_pixels": 56 * 56}
 
 
@@ -44,7 +50,9 @@ def adapted(family, make_config, accelerator):
 
 
 def scores(student, prompts, episodes, row_tokens):
-    logps, _ = grpo.batched_logps(student.model, prompts, episodes, student.sampling, row_tokens)
+    logps, _ = grpo.batched_logps(
+        student.model, prompts, episodes, sampling=student.sampling, row_tokens=row_tokens
+    )
     return [row[: len(episode.ids)] for row, episode in zip(logps, episodes)]
 
 
@@ -78,10 +86,18 @@ def test_reference_is_the_policy_without_its_adapters(adapted, family, samples, 
     assert torch.allclose(off, grpo.completion_logps(base, prompt, ids, sampling), atol=1e-6)
     on = grpo.completion_logps(model, prompt, ids, sampling)
     assert (on - off).abs().max() > 1e-2
-    done = grpo.Episode(0, 0, ids, on.detach(), 1.0)
+    done = grpo.Episode(question=0, prompt=0, ids=ids, sampled_logps=on.detach(), advantage=1.0)
     objective, keep = grpo.Objective(beta=0.04), torch.optim.SGD(model.parameters(), 0.0)
     batch = grpo.Batch({0: prompt}, [done], 3)
-    figures = grpo.update(accelerator, model, keep, batch, sampling, objective, model)
+    figures = grpo.update(
+        accelerator,
+        model,
+        optimizer=keep,
+        batch=batch,
+        sampling=sampling,
+        objective=objective,
+        reference=model,
+    )
     d = off - on  # k3, by hand
     assert figures["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-3)
 

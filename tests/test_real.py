@@ -66,7 +66,15 @@ def test_repair_picture_shows_the_right_frames_and_region(clips, student, tmp_pa
     teach = train.load_teacher(student.view, [sample], "cpu")
     question = ffr.open_question(student, sample)
     assert question.indices[0] == 0 and question.indices[-1] == 249 and len(question.indices) == 16
-    (rollout,) = ffr.find_fix_reason(student, [question], 1, teach, 0.3, 0.1, (0, 0))[0]
+    (rollout,) = ffr.find_fix_reason(
+        student,
+        questions=[question],
+        num_rollouts=1,
+        teacher=teach,
+        kappa=0.3,
+        lam=0.1,
+        seed=(0, 0),
+    )[0]
     assert rollout.patch.key_frames == [66] and rollout.patch.transcript[0].startswith(
         "zoom_region(66"
     )

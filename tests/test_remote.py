@@ -379,7 +379,9 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
 ):
     videos = [data.Video(s.path) for s in samples]
     cases = [
-        teacher.Case(s.id, s.question, [], s.answer, f"{n}", v)
+        teacher.Case(
+            id=s.id, question=s.question, options=[], answer=s.answer, response=f"{n}", video=v
+        )
         for s, v in zip(samples, videos)
         for n in (1, 1, 2)
     ]
@@ -485,7 +487,10 @@ def test_a_request_may_take_most_of_the_time(endpoint):
 
 def test_without_workers_all_share_one_deadline(endpoint, samples):
     videos = [data.Video(sample.path) for sample in samples]
-    cases = [teacher.Case(s.id, "?", [], "x", "", v) for s, v in zip(samples, videos)]
+    cases = [
+        teacher.Case(id=s.id, question="?", options=[], answer="x", response="", video=v)
+        for s, v in zip(samples, videos)
+    ]
     endpoint.fault = slow
     began = time.time()
     chat = teacher.remote(endpoint.url, "m")
@@ -543,7 +548,14 @@ def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
 ):
     sent, cause, words = ODD[name]
     endpoint.fault = lambda messages, times: sent
-    case = teacher.Case("c", "What is it?", [], "ring", "hm", data.Video(samples[0].path))
+    case = teacher.Case(
+        id="c",
+        question="What is it?",
+        options=[],
+        answer="ring",
+        response="hm",
+        video=data.Video(samples[0].path),
+    )
     (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
     if cause is None:
         assert isinstance(verdict, EvidencePatch) and verdict.key_frames == [3]
@@ -566,7 +578,14 @@ def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
 
 def test_an_error_in_a_200_is_tried_again(endpoint, samples):
     endpoint.fault = first(refused(200, "busy", code=502), OVER_LIMIT, message(content=PATCH))
-    case = teacher.Case("c", "?", [], "ring", "hm", data.Video(samples[0].path))
+    case = teacher.Case(
+        id="c",
+        question="?",
+        options=[],
+        answer="ring",
+        response="hm",
+        video=data.Video(samples[0].path),
+    )
     (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
     assert isinstance(verdict, EvidencePatch) and [*endpoint.seen.values()] == [3]
 

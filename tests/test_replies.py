@@ -232,6 +232,6 @@ def test_hostile_replies_are_read_in_no_time():
     texts += ["{evidence_patch: [&a [1], &b [*a, *a], &c [*b, *b]" + ", &d [*c, *c]" * 400 + "]}"]
     for text in texts:
         began = time.time()
-        case = Case("c", "?", [], "x", "hm", Clip())
+        case = Case(id="c", question="?", options=[], answer="x", response="hm", video=Clip())
         diagnose([case], lambda talks, seconds, text=text: [(text, 1)], num_frames=1)
         assert time.time() - began < 1.5, text[:40]

@@ -118,27 +118,40 @@ def test_alignment_is_f1_of_cited_moments():
 
 def test_rir_terms_by_hand():
     wrong, right = Score(0.0, 1.0, False), Score(1.0, 1.0, True)
-    assert robust_improvement_reward(right, None, 0, 0.3, 0.1) == 2.0
-    assert robust_improvement_reward(wrong, right, 0.5, 0.3, 0.0) == pytest.approx(1.7)
-    assert robust_improvement_reward(wrong, right, 0.5, 0.3, 0.1) == pytest.approx(1.75)
-    assert robust_improvement_reward(wrong, wrong, 0.5, 0.3, 0.1) == pytest.approx(0.7)
+    assert robust_improvement_reward(right, repaired=None, align=0, kappa=0.3, lam=0.1) == 2.0
+    assert robust_improvement_reward(
+        wrong, repaired=right, align=0.5, kappa=0.3, lam=0.0
+    ) == pytest.approx(1.7)
+    assert robust_improvement_reward(
+        wrong, repaired=right, align=0.5, kappa=0.3, lam=0.1
+    ) == pytest.approx(1.75)
+    assert robust_improvement_reward(
+        wrong, repaired=wrong, align=0.5, kappa=0.3, lam=0.1
+    ) == pytest.approx(0.7)
 
 
 def test_no_patch_leaves_the_plain_reward_untaxed():
-    assert robust_improvement_reward(Score(0.2, 1.0, False), None, 0, 0.3, 0.1) == 1.2
+    assert (
+        robust_improvement_reward(
+            Score(0.2, 1.0, False), repaired=None, align=0, kappa=0.3, lam=0.1
+        )
+        == 1.2
+    )
 
 
 def test_kappa_shifts_a_repaired_reward_by_exactly_kappa():
     wrong, right = Score(0.0, 0.0, False), Score(1.0, 1.0, True)
-    free = robust_improvement_reward(wrong, right, 1.0, 0.0, 0.1)
+    free = robust_improvement_reward(wrong, repaired=right, align=1.0, kappa=0.0, lam=0.1)
     for kappa in (0.1, 0.3, 1.0):
-        assert free - robust_improvement_reward(wrong, right, 1.0, kappa, 0.1) == pytest.approx(
-            kappa
-        )
+        assert free - robust_improvement_reward(
+            wrong, repaired=right, align=1.0, kappa=kappa, lam=0.1
+        ) == pytest.approx(kappa)
 
 
 def test_unaided_success_outranks_assisted_success():
     wrong, right = Score(0.0, 1.0, False), Score(1.0, 1.0, True)
-    unaided = robust_improvement_reward(right, None, 0.0, 0.3, 0.29)
-    assisted = robust_improvement_reward(wrong, right, 1.0, 0.3, 0.29)  # λ < κ, perfect alignment
+    unaided = robust_improvement_reward(right, repaired=None, align=0.0, kappa=0.3, lam=0.29)
+    assisted = robust_improvement_reward(
+        wrong, repaired=right, align=1.0, kappa=0.3, lam=0.29
+    )  # λ < κ, perfect alignment
     assert unaided > assisted

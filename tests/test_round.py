@@ -12,7 +12,9 @@ from teacher import EvidencePatch, TeacherError
 
 
 def round_of(student, questions, teach, rollouts=2, seed=(0, 0)):
-    return ffr.find_fix_reason(student, questions, rollouts, teach, 0.3, 0.1, seed)
+    return ffr.find_fix_reason(
+        student, questions, num_rollouts=rollouts, teacher=teach, kappa=0.3, lam=0.1, seed=seed
+    )
 
 
 class Uneven:

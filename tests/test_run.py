@@ -65,7 +65,9 @@ def test_ctrl_c_in_the_teachers_wait_finishes_the_step_and_the_run_goes_on_as_if
     config, fresh = make_config(**SETTINGS, resume=True), train.Accelerator(cpu=True)
     student = train.load_student(config, fresh)
     spare = ffr.open_question(student, samples[0])
-    rest = train.train(config, fresh, student, samples, teach, spare)
+    rest = train.train(
+        config, accelerator=fresh, student=student, samples=samples, teach=teach, placeholder=spare
+    )
     assert same(whole, student)
     assert [row["reward"] for row in rest] == [row["reward"] for row in history]
 
@@ -96,7 +98,19 @@ def test_ctrl_c_in_the_last_step_keeps_it_and_leaves(make_config, samples):
     config, fresh = make_config(**one, resume=True), train.Accelerator(cpu=True)
     student = train.load_student(config, fresh)
     spare = ffr.open_question(student, samples[0])
-    assert len(train.train(config, fresh, student, samples, None, spare)) == 1
+    assert (
+        len(
+            train.train(
+                config,
+                accelerator=fresh,
+                student=student,
+                samples=samples,
+                teach=None,
+                placeholder=spare,
+            )
+        )
+        == 1
+    )
     assert train.Path(config.out, "model", "model.safetensors").is_file()
 
 
@@ -255,7 +269,15 @@ def test_reliance_is_what_a_repair_loses_without_its_patch(
 
 
 def test_reliance_by_completion_logps(student, questions, teach):
-    groups = ffr.find_fix_reason(student, questions[:2], 2, teach, 0.3, 0.1, (0, 0))
+    groups = ffr.find_fix_reason(
+        student,
+        questions=questions[:2],
+        num_rollouts=2,
+        teacher=teach,
+        kappa=0.3,
+        lam=0.1,
+        seed=(0, 0),
+    )
     groups[1][1].repaired = None
     ffr.measure_reliance(student, groups)
     for chosen in ffr.flat(groups)[:3]:
@@ -282,7 +304,12 @@ def test_each_fourth_picture_is_of_a_repair_that_did_not_help(tmp_path, monkeypa
 
     monkeypatch.setattr(ffr, "draw_repair", draw)
     monkeypatch.setattr(train, "track_picture", lambda *_: None)
-    question = ffr.Question(data.Sample("a/b", "q", [], "x", "exact", "v"), None, [], [])
+    question = ffr.Question(
+        data.Sample(id="a/b", question="q", options=[], answer="x", problem_type="exact", path="v"),
+        None,
+        [],
+        [],
+    )
     config = train.replace(student.view, out=str(tmp_path))
     nobody = dict.fromkeys(train.Run._fields)
     run, shown = train.Run(**nobody | {"config": config, "steps": 8}), []
@@ -306,7 +333,7 @@ def test_last_table_says_what_its_figures_are_and_why_there_is_none(capsys):
     assert lines["failure_first"][0] == "1.000" and "first third" in lines["failure_first"][1]
     why = "no patch was given: teacher_failures 18, teacher_http_402 18"
     assert lines["fix_rate"] == ["None", why]
-    assert lines["teacher_failures"] == ["18", "wrong answers that got no patch"]
+    assert lines["teacher_failures"] == ["18", "wrong first answers that got no patch"]
 
 
 def test_evidence_may_stand_before_the_question(student, questions, monkeypatch):
@@ -319,14 +346,20 @@ def test_evidence_may_stand_before_the_question(student, questions, monkeypatch)
     monkeypatch.setattr(ffr, "user_turn", before)
     patches = [EvidencePatch("temporal", "look", key_frames=[k], spans=[(k, k)]) for k in (3, 9)]
     groups = ffr.find_fix_reason(
-        student, questions[:2], 2, lambda cases: patches * 2, 0.3, 0.1, (0, 0)
+        student,
+        questions=questions[:2],
+        num_rollouts=2,
+        teacher=lambda cases: patches * 2,
+        kappa=0.3,
+        lam=0.1,
+        seed=(0, 0),
     )
     prompts, episodes = ffr.episodes(groups)
     text = student.processor.tokenizer.decode(prompts[2]["input_ids"][0])
     assert text.lower().index("guidance") < text.index(questions[0].sample.question.split()[0])
     for row_tokens in (8192, 0):
         logps, mask = grpo.batched_logps(
-            student.model, prompts, episodes, student.sampling, row_tokens
+            student.model, prompts, episodes, sampling=student.sampling, row_tokens=row_tokens
         )
         for episode, own in zip(episodes, logps):
             gap = episode.sampled_logps - own[: len(episode.ids)]

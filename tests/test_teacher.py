@@ -325,21 +325,38 @@ def test_scripted_brain_names_the_step_that_failed(samples):
 
     def patch(*cited):
         response = needle_rationale(sample.truth, *cited)
-        case = Case(sample.id, sample.question, [], sample.answer, response, video)
+        case = Case(
+            id=sample.id,
+            question=sample.question,
+            options=[],
+            answer=sample.answer,
+            response=response,
+            video=video,
+        )
         return diagnose([case], chat)[0]
 
     assert patch(cue - 1, look).error_type == "temporal"
     assert patch(cue, 7 - look).error_type == "misconception"
     assert patch(cue, look).error_type == "spatial"
     assert patch(cue, look).transcript[0].startswith("zoom_region")
-    unknown = Case("else", "?", [], "x", "", video)
+    unknown = Case(id="else", question="?", options=[], answer="x", response="", video=video)
     assert diagnose([unknown], chat)[0].cause == "malformed"
 
 
 def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
     """A tiny random model cannot diagnose, but every part of the plumbing is real."""
     chat = teacher.local(student.model, student.processor, max_tokens=5)
-    cases = [Case(s.id, s.question, [], s.answer, "hm", data.Video(s.path)) for s in samples[:3]]
+    cases = [
+        Case(
+            id=s.id,
+            question=s.question,
+            options=[],
+            answer=s.answer,
+            response="hm",
+            video=data.Video(s.path),
+        )
+        for s in samples[:3]
+    ]
     talks = [teacher.first_messages(case, True, n) for case, n in zip(cases, (2, 4, 3))]
     replies = chat(talks, 60.0)
     assert len(replies) == 3 and all(0 < tokens <= 5 for _, tokens in replies)

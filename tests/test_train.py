@@ -25,7 +25,7 @@ def train_once(config, accelerator, samples, teach, spare=None):
     shutil.rmtree(Path(config.out, "checkpoints"), ignore_errors=True)
     student = train.load_student(config, accelerator)
     spare = ffr.open_question(student, spare or samples[0])
-    history = train.train(config, accelerator, student, samples, teach, spare)
+    history = train.train(config, accelerator, student, samples, teach, placeholder=spare)
     return student, history
 
 
