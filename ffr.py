@@ -5,8 +5,8 @@
     τ, z         the `unaided` rollout, and whether its answer is right: `unaided.score.correct`
     T, c         `teacher`, a function of failed cases (x, y, τ), and the `patch` it gives for one
     τ*           the `repaired` rollout: the answer under the patched prompt (x, c)
-    τ̂            `Chosen.rollout`, which is trained: τ if z = 1 (or without a patch), else τ*
-    R, R_fmt     `Rollout.score.accuracy`, `Rollout.score.format`;   R̃  `Chosen.reward`
+    τ̂            `Member.chosen`, which is trained: τ if z = 1 (or without a patch), else τ*
+    R, R_fmt     `Rollout.score.accuracy`, `Rollout.score.format`;   R̃  `Member.reward`
     κ, λ, G      `kappa`, the patch tax; `lam`, the weight of alignment (ours); `num_rollouts`
 
 A round is `find_fix_reason`:
@@ -14,7 +14,7 @@ A round is `find_fix_reason`:
     first_pass          samples τ_i ~ π_old(· | x), i = 1 … G; `judge` gives z_i (by reward.py)
     find_and_fix        asks the teacher, in one call, for a patch c_i for each τ_i with z_i = 0
     reason_again        samples τ*_i ~ π_old(· | x, c_i)
-    choose_and_reward   gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
+    set_rewards         gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
 
 The caller sets the advantages. Then `episodes` hands each τ̂_i to the update, under the prompt that
 it answers: a τ* is on-policy, but under another observation. So π_θ, π_old and π_ref all take its
@@ -69,6 +69,31 @@ Reason first, between <think> and </think>, and cite the moments of the video, i
 your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 
 
+# --- settings, and what a round works with ---
+@dataclass
+class View:
+    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
+    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
+    frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
+    picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
+    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
+    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
+    decode_patience: Annotated[float, "seconds of work that a clip may take to read (ours)"] = (
+        PATIENCE
+    )
+
+
+@dataclass
+class Method:
+    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
+    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
+    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
+
+
 @dataclass
 class Student:
     """π_θ, and how it sees videos and samples answers."""
@@ -76,7 +101,7 @@ class Student:
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    view: "View"
+    view: View
 
 
 @dataclass
@@ -108,9 +133,9 @@ class Rollout:
 
 
 @dataclass
-class Chosen:
-    """One of a group's G members: the first answer, its repair if there is one, and with which
-    reward the chosen one of the two is trained."""
+class Member:
+    """One of a group's G members: its first answer τ, the repair τ* if there is one, and the reward
+    and advantage of whichever of the two is trained (`chosen`)."""
 
     question: Question
     index: int  # in the group
@@ -124,7 +149,7 @@ class Chosen:
     reliance: float = 0.0  # of a repair on its patch, where it is measured
 
     @property
-    def rollout(self) -> Rollout:
+    def chosen(self) -> Rollout:
         """τ̂: the rollout that is trained, under its own prompt."""
         return self.unaided if self.repaired is None else self.repaired
 
@@ -143,7 +168,7 @@ def find_fix_reason(
     kappa: float,
     lam: float,
     seed: tuple,
-) -> list[list[Chosen]]:
+) -> list[list[Member]]:
     """One round for a batch of questions. Returns a group of `num_rollouts` members for each.
 
     Without a `teacher` this is a round of plain GRPO. Each rollout is seeded by (seed, sample id,
@@ -153,13 +178,13 @@ def find_fix_reason(
     if teacher is not None:
         patched = find_and_fix(groups, teacher)
         reason_again(student, questions, patched, seed)
-    choose_and_reward(groups, kappa, lam)
+    set_rewards(groups, kappa, lam)
     return groups
 
 
 def first_pass(
     student: Student, questions: list[Question], num_rollouts: int, seed: tuple
-) -> list[list[Chosen]]:
+) -> list[list[Member]]:
     """Sample τ_i ~ π_old(· | x), i = 1 … G, for each question, and verify it: z_i."""
     prompts = [question.prompt for question in questions]
     seeds = [
@@ -172,7 +197,7 @@ def first_pass(
         group = []
         for index, completion in enumerate(its_completions):
             unaided = judge(student, question, question.prompt, completion)  # its score has z_i
-            group.append(Chosen(question, index, unaided))
+            group.append(Member(question, index, unaided))
         groups.append(group)
     return groups
 
@@ -183,29 +208,29 @@ def judge(student: Student, question: Question, prompt: dict, completion: Comple
     return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
 
 
-def find_and_fix(groups: list[list[Chosen]], teacher: Teacher) -> list[Chosen]:
+def find_and_fix(groups: list[list[Member]], teacher: Teacher) -> list[Member]:
     """Ask the teacher about all failures of the round at once: c_i = T(x, y, τ_i) where z_i = 0.
     Sets the `patch` of each, or the `error` that says why there is none. Returns those with one."""
     failures = []
-    for chosen in flat(groups):
-        if not chosen.unaided.score.correct and not chosen.question.is_placeholder:
-            failures.append(chosen)
+    for member in flat(groups):
+        if not member.unaided.score.correct and not member.question.is_placeholder:
+            failures.append(member)
     if not failures:
         return []
 
     patched = []
-    replies = teacher([case_of(chosen.question, chosen.unaided.text) for chosen in failures])
-    for chosen, reply in zip(failures, replies, strict=True):
+    replies = teacher([case_of(member.question, member.unaided.text) for member in failures])
+    for member, reply in zip(failures, replies, strict=True):
         if isinstance(reply, TeacherError):
-            chosen.error = reply
+            member.error = reply
         else:
-            chosen.patch = reply
-            patched.append(chosen)
+            member.patch = reply
+            patched.append(member)
     return patched
 
 
 def reason_again(
-    student: Student, questions: list[Question], patched: list[Chosen], seed: tuple
+    student: Student, questions: list[Question], patched: list[Member], seed: tuple
 ) -> None:
     """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it.
 
@@ -213,8 +238,8 @@ def reason_again(
     patch (it is too long, or a frame does not decode), its failures stay without a repair.
     """
     by_prompt = {}
-    for chosen in patched:
-        by_prompt.setdefault(prompt_key(chosen), []).append(chosen)
+    for member in patched:
+        by_prompt.setdefault(prompt_key(member), []).append(member)
 
     prompts, seeds, sharing = [], [], []
     for failures in by_prompt.values():
@@ -222,8 +247,8 @@ def reason_again(
         try:
             prompts.append(encode(student, question, patch))
         except ValueError as error:
-            for chosen in failures:
-                chosen.patch, chosen.error = None, TeacherError("prompt", str(error))
+            for member in failures:
+                member.patch, member.error = None, TeacherError("prompt", str(error))
             continue
         seeds.append([seed_of(seed, question.sample.id, c.index, "again") for c in failures])
         sharing.append(failures)
@@ -234,58 +259,58 @@ def reason_again(
         seeds.append([0])
     completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
     for prompt, failures, its_completions in zip(prompts, sharing, completions):
-        for chosen, completion in zip(failures, its_completions):
-            chosen.repaired = judge(student, chosen.question, prompt, completion)
+        for member, completion in zip(failures, its_completions):
+            member.repaired = judge(student, member.question, prompt, completion)
 
 
-def choose_and_reward(groups: list[list[Chosen]], kappa: float, lam: float) -> None:
-    """Set R̃_i, the reward of each τ̂_i, which is `Chosen.rollout`. For a τ_i (right, or without a
-    patch) R̃_i = R + R_fmt. For a τ*_i R̃_i = R + R_fmt − κ, plus λ · align if it is right."""
-    for chosen in flat(groups):
+def set_rewards(groups: list[list[Member]], kappa: float, lam: float) -> None:
+    """Set each member's R̃_i. A first answer that is kept, as it is right or got no patch, earns
+    R + R_fmt. A repair earns R + R_fmt − κ, plus λ · align if it is right."""
+    for member in flat(groups):
         repaired_score = None
-        if chosen.repaired is not None:
-            repaired_score = chosen.repaired.score
-            question = chosen.question
-            spans = [tuple(map(question.video.seconds, span)) for span in chosen.patch.spans]
-            chosen.align = alignment(chosen.repaired.text, spans, tolerance=question.spacing / 2)
-        chosen.reward = robust_improvement_reward(
-            chosen.unaided.score, repaired_score, chosen.align, kappa, lam
+        if member.repaired is not None:
+            repaired_score = member.repaired.score
+            question = member.question
+            spans = [tuple(map(question.video.seconds, span)) for span in member.patch.spans]
+            member.align = alignment(member.repaired.text, spans, tolerance=question.spacing / 2)
+        member.reward = robust_improvement_reward(
+            member.unaided.score, repaired_score, member.align, kappa, lam
         )
 
 
-def episodes(groups: list[list[Chosen]]) -> tuple[dict, list[Episode]]:
+def episodes(groups: list[list[Member]]) -> tuple[dict, list[Episode]]:
     """The round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
-    τ̂_i, under x where it is a τ_i, under (x, c_i) where it is a τ*_i."""
+    τ̂_i under the prompt that it answers: x, or (x, c_i) for a repair."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
     patched_numbers = {}
     trained = []
     for question_number, group in enumerate(groups):
-        for chosen in group:
+        for member in group:
             prompt_number = question_number
-            if chosen.repaired is not None:
+            if member.repaired is not None:
                 next_number = len(groups) + len(patched_numbers)
-                prompt_number = patched_numbers.setdefault(prompt_key(chosen), next_number)
-                prompts[prompt_number] = chosen.repaired.prompt  # (x, c_i)
-            weight = float(not chosen.question.is_placeholder)
+                prompt_number = patched_numbers.setdefault(prompt_key(member), next_number)
+                prompts[prompt_number] = member.repaired.prompt  # (x, c_i)
+            weight = float(not member.question.is_placeholder)
             episode = Episode(
                 question=question_number,
                 prompt=prompt_number,
-                ids=chosen.rollout.completion.ids,
-                sampled_logps=chosen.rollout.completion.logps,
-                advantage=chosen.advantage * weight,
+                ids=member.chosen.completion.ids,
+                sampled_logps=member.chosen.completion.logps,
+                advantage=member.advantage * weight,
                 weight=weight,
             )
             trained.append(episode)
     return prompts, trained
 
 
-def prompt_key(chosen: Chosen) -> tuple[str, str]:
+def prompt_key(member: Member) -> tuple[str, str]:
     """Two patched prompts with the same key are the same prompt."""
-    return chosen.question.sample.id, repr(chosen.patch)
+    return member.question.sample.id, repr(member.patch)
 
 
-def flat(groups: list[list[Chosen]]) -> list[Chosen]:
-    return [chosen for group in groups for chosen in group]
+def flat(groups: list[list[Member]]) -> list[Member]:
+    return [member for group in groups for member in group]
 
 
 def seed_of(*parts) -> int:
@@ -317,47 +342,23 @@ def case_of(question: Question, response: str) -> Case:
 
 
 @torch.no_grad()
-def measure_reliance(student: Student, groups: list[list[Chosen]]) -> None:
+def measure_reliance(student: Student, groups: list[list[Member]]) -> None:
     """Measure what each repair owes to its patch: the mean over the tokens of τ* of
     log p(τ* | x) − log p(τ* | x, c), which is below 0 where the patch made τ* likelier. Takes one
     forward; the caller autocasts."""
-    repaired = [chosen for chosen in flat(groups) if chosen.repaired is not None]
+    repaired = [member for member in flat(groups) if member.repaired is not None]
     scored = repaired or flat(groups)[:1]  # where sharded, every rank must make the call
     prompts, under_x = {}, []
-    for number, chosen in enumerate(scored):
-        prompts[number] = chosen.question.prompt
-        under_x.append(Episode(number, number, chosen.rollout.completion.ids))
+    for number, member in enumerate(scored):
+        prompts[number] = member.question.prompt
+        under_x.append(Episode(number, number, member.chosen.completion.ids))
     logps, _ = batched_logps(student.model, prompts, under_x, student.sampling)
-    for chosen, padded in zip(repaired, logps):
-        patched = chosen.repaired.completion.logps
-        chosen.reliance = (padded[: len(patched)] - patched).mean().item()
+    for member, padded in zip(repaired, logps):
+        patched = member.repaired.completion.logps
+        member.reliance = (padded[: len(patched)] - patched).mean().item()
 
 
 # --- the prompt, and the patch in it ---
-@dataclass
-class View:
-    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
-    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
-    frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
-    picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
-    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
-    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    decode_patience: Annotated[float, "seconds of work that a clip may take to read (ours)"] = (
-        PATIENCE
-    )
-
-
-@dataclass
-class Method:
-    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
-    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
-    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
-
-
 def open_question(student: Student, sample: Sample) -> Question:
     """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
     view = student.view
@@ -369,8 +370,8 @@ def open_question(student: Student, sample: Sample) -> Question:
 
 
 def user_turn(text: str, evidence: list[dict]) -> list[dict]:
-    """The video, the question and, behind it, the evidence: the question's text stays the same with
-    and without. The video comes first, as rollouts share what their prompts begin with."""
+    """A user turn: video, question, evidence. The evidence comes last, so that plain and patched
+    prompts begin alike, and rollouts can share that part, with the video in it."""
     if evidence:
         text += "\n\n"
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
@@ -415,9 +416,9 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
-    """The time of frames `first` to `last`, written as Qwen3-VL's processor writes times. It is one
-    time if the student sees at most one frame in between. It is empty where the question asks for
-    a time: then `show_times` is False and there are no spans."""
+    """The time of frames `first` to `last`, after a space, as Qwen3-VL writes times: a range
+    if longer than the student's frame spacing, else one time. Empty if the question asks for a
+    time, as `show_times` is then False and the patch has no spans."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
@@ -454,15 +455,15 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     if patch is not None:
         evidence = render_patch(patch, video, question.spacing, view.patch_pictures)
     pictures = [fit(part["image"], view.picture_pixels) for part in evidence if "image" in part]
-    # Processors take index / fps for a frame's time, so we give the index that makes this true.
-    indices = [video.seconds(index) * video.fps for index in question.indices]
+    # Processors compute a frame's time as index / fps. Real times may differ: give time · fps.
+    nominal_indices = [video.seconds(index) * video.fps for index in question.indices]
     duration = len(video) / video.fps
     inputs = student.processor(
         text=[render_question(student, question.sample, evidence)],
         videos=[question.frames],
         images=pictures or None,
         video_metadata=[
-            VideoMetadata(len(video), video.fps, duration=duration, frames_indices=indices)
+            VideoMetadata(len(video), video.fps, duration=duration, frames_indices=nominal_indices)
         ],
         do_sample_frames=False,
         return_tensors="pt",
@@ -477,15 +478,15 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
 
 
 def stand_in(student: Student, question: Question) -> dict:
-    """A patched prompt for a rank that must make a call although it has no repair."""
+    """A small patched prompt that every rank adds where sharded, so that all make equal calls."""
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
 # --- a repair as a picture ---
-def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
+def draw_repair(member: Member, kappa: float, lam: float, file: Path) -> str:
     """Draw a repair in the order of the method, 1,200 px wide, as the .png `file`. The same as text
     is written to a .txt beside it, and returned."""
-    sections = repair_sections(chosen, kappa, lam)
+    sections = repair_sections(member, kappa, lam)
     text = "\n\n".join(f"{heading}\n{body}" for heading, body, _ in sections)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
@@ -493,10 +494,10 @@ def draw_repair(chosen: Chosen, kappa: float, lam: float, file: Path) -> str:
     return text
 
 
-def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
+def repair_sections(member: Member, kappa: float, lam: float) -> list[tuple]:
     """(heading, text, labelled pictures) of each step of a repair."""
-    question, patch, repaired = chosen.question, chosen.patch, chosen.repaired
-    sample, score = question.sample, repaired.score
+    question, patch, repaired = member.question, member.patch, member.repaired
+    sample, second_score = question.sample, repaired.score
     problem = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
     with_pictures = "pixel_values" in repaired.prompt
@@ -504,18 +505,18 @@ def repair_sections(chosen: Chosen, kappa: float, lam: float) -> list[tuple]:
     pictures = []
     if with_pictures:
         pictures = patch_pictures(patch, question.video, question.spacing)
-    reward = f"R {score.accuracy:.2f} + R_fmt {score.format:.2f} - kappa {kappa:.2f}"
-    if lam * score.correct * chosen.align:
-        reward += f" + lambda {lam:.2f} x align {chosen.align:.2f}"
-    verdict = "right" if score.correct else "wrong"
+    reward = f"R {second_score.accuracy:.2f} + R_fmt {second_score.format:.2f} - kappa {kappa:.2f}"
+    if lam * second_score.correct * member.align:
+        reward += f" + lambda {lam:.2f} x align {member.align:.2f}"
+    verdict = "right" if second_score.correct else "wrong"
     return [
         (f"Question ({sample.problem_type})", problem, []),
         ("The student sees", "", [*zip(times, question.frames)]),
-        ("First answer, wrong", chosen.unaided.text.strip(), []),
+        ("First answer, wrong", member.unaided.text.strip(), []),
         ("Find: the teacher's tool calls", "\n".join(patch.transcript) or "none", []),
         ("Fix: the evidence patch", evidence, pictures),
         (f"Reason: second answer, {verdict}", repaired.text.strip(), []),
-        ("Reward", f"{reward} = {chosen.reward:.2f}", []),
+        ("Reward", f"{reward} = {member.reward:.2f}", []),
     ]
 
 
@@ -557,9 +558,9 @@ class Query:
     seed: Annotated[int, "of what is sampled"] = 0
 
 
-def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentParser:
-    """A parser of settings dataclasses. Each is a group of --help, named by the first words of its
-    docstring. A field's help is in its annotation; `tiny` has tiny mode's defaults, shown too."""
+def settings_parser(classes: list, tiny: dict = {}, **options) -> HfArgumentParser:
+    """A parser for settings dataclasses. Each becomes a group of --help, titled with the first
+    sentence of its docstring. A field's help is its annotation, its default, and that in `tiny`."""
     for settings_class in classes:
         settings_class._argument_group_name = settings_class.__doc__.partition(".")[0]
         hints = get_type_hints(settings_class, include_extras=True)
@@ -570,7 +571,7 @@ def settings_parser(classes: list, tiny: dict = {}, **settings) -> HfArgumentPar
                 text += f" [{setting.default}{other}]"
             setting.metadata = {"help": text}
     return HfArgumentParser(
-        classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **settings
+        classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **options
     )
 
 
@@ -594,13 +595,13 @@ def explain(arguments: list[str]) -> None:
         lam=config.lam,
         seed=(config.seed,),
     )
-    repairs = [chosen for chosen in group if chosen.repaired is not None]
-    repairs.sort(key=lambda chosen: not chosen.repaired.score.correct)  # a right one first
-    right = sum(chosen.unaided.score.correct for chosen in group)
-    fixed = sum(chosen.repaired.score.correct for chosen in repairs)
+    repairs = [member for member in group if member.repaired is not None]
+    repairs.sort(key=lambda member: not member.repaired.score.correct)  # a right one first
+    right = sum(member.unaided.score.correct for member in group)
+    fixed = sum(member.repaired.score.correct for member in repairs)
     print(f"{right} of {len(group)} right at first ({question.sample.problem_type}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
-    unhelped = [chosen for chosen in group if chosen.error is not None]
+    unhelped = [member for member in group if member.error is not None]
     for words in dict.fromkeys(f"{c.unaided.text}\n  No patch ({c.error})" for c in unhelped):
         print(words)
     if repairs:

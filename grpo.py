@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization (GRPO) on any transformers vision-language model.
 
-    q     a question              `prompt`: what a processor returns for one conversation, (1, L)
-                                  each except pixels and grids, with its `position_ids`
+    q     a question              `prompt`: a processor's output for one conversation, with its
+                                  `position_ids`; (1, L) each, except for pixels and grids
     o_i   an answer to it         `Completion` as it was sampled, `Episode` as it is trained; (T,)
     π_θ, π_old, π_ref             `model`, `old_logps` (before the update), `reference`
     A_i, r_t, J(θ)                `group_advantages`, `ratio`, minus `grpo_loss`
@@ -108,8 +108,8 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
 
 def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
     """The settings with a checkpoint's ids: every EOS ends, vision and padding are suppressed."""
-    tokenizer, ends = processor.tokenizer, model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
     never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
@@ -146,11 +146,12 @@ def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple:
     tokens whose mass reaches top-p."""
     logps = policy_logits(logits, sampling).log_softmax(-1)
     entropy = -(logps.exp() * logps.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 · log 0 is 0
-    nucleus = TopPLogitsWarper(sampling.top_p)(None, logps).softmax(-1)
-    mass = nucleus.cumsum(-1)
-    token = torch.searchsorted(mass / mass[:, -1:], uniform, right=True)
     if sampling.temperature == 0:
         token = logps.argmax(-1, keepdim=True)
+    else:
+        nucleus = TopPLogitsWarper(sampling.top_p)(None, logps).softmax(-1)
+        mass = nucleus.cumsum(-1)
+        token = torch.searchsorted(mass / mass[:, -1:], uniform, right=True)
     return token, logps.gather(-1, token), entropy
 
 
@@ -192,9 +193,9 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
 
     ids, logps, entropy = (torch.cat(values, 1) for values in zip(*sampled))  # each (B, T)
     completions = [[] for _ in prompts]
-    for k, (n, unended) in enumerate(zip(lengths.tolist(), running.tolist())):
-        done = Completion(ids[k, :n], logps[k, :n], entropy[k, :n], finished=not unended)
-        completions[prompt_of[k]].append(done)
+    for k, (n, still_running) in enumerate(zip(lengths.tolist(), running.tolist())):
+        own = ids[k, :n], logps[k, :n], entropy[k, :n]
+        completions[prompt_of[k]].append(Completion(*own, finished=not still_running))
     return completions
 
 
@@ -254,7 +255,7 @@ def grpo_loss(
 class Episode(NamedTuple):
     """A completion to train on. `question` and `prompt` are keys of `Batch.prompts`."""
 
-    question: int  # the prompt with which all prompts of its group begin
+    question: int  # its group's plain prompt, with which longer ones have their video in common
     prompt: int  # the prompt that it answers: that one, or a longer one
     ids: Tensor
     sampled_logps: Tensor | None = None  # as it was sampled; `update` measures the gap
@@ -273,25 +274,25 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
     """Take `num_updates` optimizer steps on a `Batch`.
 
     `model` and `optimizer` are the accelerator's; `reference` is unwrapped, and needed where β > 0.
-    Returns figures of the last step: `grad_norm`; this rank's parts, which add up over ranks, of
-    the `loss` and of the token means `kl` and `clipped`; and `logp_gap`, the largest difference
-    between a log-prob as it was sampled and as it is scored.
+    Returns, of the last step, `grad_norm` and this rank's parts, which add up over ranks, of the
+    `loss` and of the token means `kl` and `clipped`. Also `logp_gap`, from before the first step:
+    the largest difference between a log-prob as it was sampled and as it is scored here.
     """
     prompts, micro_batches = to_micro_batches(batch, objective)
 
-    def score(policy, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
+    def logps_and_mask(policy, episodes: list[Episode]) -> tuple[Tensor, Tensor]:
         with accelerator.autocast():
             return batched_logps(policy, prompts, episodes, sampling, objective.row_tokens)
 
     old_logps, ref_logps = [], [None] * len(micro_batches)
     if reference is not None:  # a frozen copy; with LoRA the policy without its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
-            ref_logps = [score(reference, episodes)[0] for episodes in micro_batches]
+            ref_logps = [logps_and_mask(reference, episodes)[0] for episodes in micro_batches]
 
     for iteration in range(objective.num_updates):
         figures = Counter()  # whose `update` adds
         for k, episodes in enumerate(micro_batches):
-            logps, mask = score(model, episodes)  # each (B, T)
+            logps, mask = logps_and_mask(model, episodes)  # each (B, T)
             if iteration == 0:
                 old_logps.append(logps.detach())  # π_old is π_θ before the first update
             advantages = logps.new_tensor([episode.advantage for episode in episodes])
@@ -299,7 +300,7 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
             loss = grpo_loss(
                 logps, old_logps[k], ref_logps[k], advantages, mask, tokens, epsilon, beta
             )
-            # Parts over the global token count are to be summed; DDP averages over ranks.
+            # The ranks' losses are to be summed, but DDP averages gradients: undo that.
             accelerator.backward(loss * accelerator.num_processes)
             figures.update(measure(logps, old_logps[k], ref_logps[k], mask, tokens, epsilon))
             figures.update(loss=loss.item())
@@ -313,13 +314,14 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
 def to_micro_batches(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
     """The prompts, and the episodes in micro-batches of `rollouts_at_once`, whose gradients add up.
     Episodes of one question and prompt stand together, so that they can share a row."""
-    episodes = sorted(batch.episodes, key=lambda episode: episode.advantage == 0)
+    episodes = batch.episodes
     if objective.beta == 0:
-        # Without KL, A_i = 0 means no gradient. Every rank leaves out equally many of these, so
-        # that all make the same number of calls; one remains where there is nothing else.
+        # Without KL, A_i = 0 means no gradient. Every rank drops the same number of such episodes,
+        # so that all make equally many calls, and keeps at least one.
         idle = sum(episode.advantage == 0 for episode in episodes)
-        episodes = episodes[: max(1, len(episodes) - min(gather_object([idle])))]
-    episodes.sort(key=attrgetter("question", "prompt"))
+        kept = max(1, len(episodes) - min(gather_object([idle])))
+        episodes = sorted(episodes, key=lambda episode: episode.advantage == 0)[:kept]
+    episodes = sorted(episodes, key=attrgetter("question", "prompt"))
     size = objective.rollouts_at_once or len(episodes)
     micro_batches = [episodes[start : start + size] for start in range(0, len(episodes), size)]
     if batch.stand_in is None:
@@ -352,14 +354,14 @@ PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
 def with_positions(model, inputs: dict) -> dict:
     """Add `position_ids` to a processor's inputs: (1, L), or (3, 1, L) of time, height and width.
     With these, parts of a prompt can be computed apart. Raises ValueError for an unknown M-RoPE."""
-    counter = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
-    if counter is None:
+    indexer = next((part for part in model.modules() if hasattr(part, "get_rope_index")), None)
+    if indexer is None:
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if "mrope_section" in rope:
             raise ValueError(f"{type(model).__name__} has M-RoPE, but no `get_rope_index` to find")
         return inputs | {"position_ids": inputs["attention_mask"].cumsum(1) - 1}
 
-    positions = counter.get_rope_index(**inputs)[0]
+    positions = indexer.get_rope_index(**inputs)[0]
     if model.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         # The weights were trained with text after a video at the largest position so far + 1; from
         # 5.3 on, transformers puts it where the frame's height and width end, inside the video.
@@ -469,10 +471,13 @@ def gathered_once(model):
 # the last but one of its completion, and q and c end one token earlier. Positions are explicit: τ3
 # has the positions it would have in a row of its own, whatever stands before it.
 class Row:
-    """The segments of a tree; the columns that each one's tokens see; the columns of the leaves."""
+    """A tree of segments, laid out one behind the other in the columns of one row."""
 
     def __init__(self):
-        self.segments, self.paths, self.leaves, self.length = [], [], [], 0
+        self.segments = []
+        self.paths = []  # of each segment: the columns above it and its own, which its tokens see
+        self.leaves = []  # of each episode: the columns that predict its tokens
+        self.length = 0
 
     def add(self, segment: dict, above: Tensor) -> Tensor:
         """Put a segment below the columns `above`. Returns the path that ends with it."""
@@ -485,8 +490,8 @@ class Row:
 
 
 def build_row(prompts: dict, episodes: list[Episode]) -> Row:
-    """The tree of a group's episodes. The pixels of a longer prompt begin with the question's, and
-    the tokens that stand for these are among those the two prompts have in common."""
+    """The tree of a group's episodes. Longer prompts are taken to begin with the question's tokens
+    up to its last vision token at least, and to have their own pixels behind the question's."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
     root_number = episodes[0].prompt if alike else episodes[0].question
     row, root = Row(), prompts[root_number]
@@ -495,7 +500,7 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
         prompt, length = prompts[episode.prompt], len(episode.ids)
         if episode.prompt not in paths:
             tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
-            common = len(os.path.commonprefix(tokens))
+            common = len(os.path.commonprefix(tokens))  # it takes any sequences
             added = slice_prompt(prompt, common, -1, after_pixels_of=root)
             paths[episode.prompt] = row.add(added, above=paths[root_number][:common])
         whole = extend(prompt, episode.ids[:-1])
@@ -512,7 +517,7 @@ def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) ->
     text = getattr(model, "module", model).config.get_text_config()
     layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
     if text._attn_implementation != "sdpa" or len(layers) > 1:
-        row_tokens = 0
+        row_tokens = 0  # too few for any group: each episode gets a row of its own
     rows = []
     for _, group in groupby(episodes, attrgetter("question")):
         group = list(group)

@@ -342,7 +342,8 @@ ASKS = {  # what kind of answer a question asks for
     "truth": r"^(is|are|was|were|do|does|did|has|have|had|can|could|will|would)\b",
 }
 TIME = r"(?<![\w.:–-])(\d+:\d\d|\d[\d.–-]* ?s\b|[\w.–-]+ (second|minute)s\b)|\b(second|frame)s? \d+"
-FORBIDDEN = {  # for every question "answer", the others where the question asks for such a thing
+# What is refused: "answer" always, "number" if the answer has a digit, the others if asked for.
+FORBIDDEN = {
     "answer": r"\banswer (is|was|lies|should)\b|\b(right|correct) (answer|value)\b"  # ✓ 'an answer'
     r"|\b(best|first|second|third|last|final|listed) (option|choice)"  # ✗ 'the last option'
     r"|\b(option|choice|letter) [a-h]\b|\b[a-h]\)",  # ✗ 'option a', '(b)'  ✓ 'player B'
@@ -373,28 +374,28 @@ def asks_for(question: str) -> set[str]:
 
 
 def stems(text: str) -> list[str]:
-    """A text's words without their endings, in order, then the numbers that its own add up to."""
+    """The stems of a text's words, without stop words, in order; then its `derived_numbers`."""
     text = re.sub(r"\b([^\W\d_])[-, ]+(?=[^\W\d_]\b)", r"\1", text.casefold())  # 't-a-x-i'
     text = text.translate(str.maketrans("−,", "-."))
     text = re.sub(rf"{TIME}|{STOP_WORDS}|{NOT_A_NUMBER}|{NOT_A_PLACE}", " ", text)
     words = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?|[^\W\d_]{2,}", text)
     stemmed = [re.sub(WORD_ENDING, "", FIRST_SYNONYM.get(word, word)) for word in words]
-    return stemmed + derived([float(word) for word in stemmed if word[-1].isdecimal()])
+    return stemmed + derived_numbers([float(word) for word in stemmed if word[-1].isdecimal()])
 
 
-def derived(numbers: list[float]) -> list[str]:
-    """The sum and the product of each run of up to four numbers: ✗ 'two here, one there' where the
-    answer is 3. Also a hundredth and a hundred times that, as of percent."""
+def derived_numbers(numbers: list[float]) -> list[str]:
+    """The sum and the product of each run of up to four numbers (✗ 'two here, one there' where the
+    answer is 3), each also divided and multiplied by 100, because of percentages."""
     runs = [numbers[i : i + n] for n in (1, 2, 3, 4) for i in range(len(numbers) - n + 1)]
     values = [combine(run) for run in runs for combine in (sum, math.prod)]
     return [f"{value * unit:g}" for value in values for unit in (0.01, 1, 100)]
 
 
-def overlap(wanted: list[str], said: list[str]) -> float:
-    """The share of the wanted words that are said. It counts twice where they are said in their
-    order, which tells options of the same words apart."""
+def word_match(wanted: list[str], said: list[str]) -> float:
+    """The share of the wanted words that are said, doubled if all are said in their order, so that
+    options of the same words can be told apart."""
     rest = iter(said)
-    in_order = all(word in rest for word in wanted)
+    in_order = all(word in rest for word in wanted)  # `in` moves `rest` past the word it finds
     return len(set(wanted) & set(said)) / max(len(wanted), 1) * (1 + in_order)
 
 
@@ -412,17 +413,17 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
         return "it spells the answer"
 
     said = stems(words)
-    overlaps = {label: overlap(stems(text), said) for label, text in zip("ABCDEFGHIJ", options)}
-    of_answer = overlaps.pop(find_letter(answer), None)
+    matches = {label: word_match(stems(text), said) for label, text in zip("ABCDEFGHIJ", options)}
+    of_answer = matches.pop(find_letter(answer), None)
     if of_answer is None:  # no option is the answer: half of its new words are too many
         new = set(stems(answer)) - set(stems(question))  # ✗ 'look at the books'
         if not stems(answer):  # 'up', 'K'
             new, said = set(split_words(answer)), split_words(words)
-        return "it holds the answer's words" if overlap(list(new), said) >= 0.5 else None
-    others = overlaps.values()
+        return "it holds the answer's words" if word_match(list(new), said) >= 0.5 else None
+    others = matches.values()
     # The words fit the right option better or worse than all others: ✗ 'a taxi', 'no bus, no tram,
     # no bicycle'  ✓ 'the bus or the taxi'
-    singled_out = others and not min(others) <= of_answer <= max(others)
+    singled_out = others and (of_answer < min(others) or of_answer > max(others))
     return "it tells the options apart" if singled_out else None
 
 

@@ -35,7 +35,7 @@ import data
 import ffr
 import grpo
 import teacher
-from ffr import Chosen, Question, Student, flat
+from ffr import Member, Question, Student, flat
 from reward import accuracy, answers_correctly, gate
 
 HELPLESS = 10  # steps without any patch, after which the run stops
@@ -148,6 +148,19 @@ def trackers_of(config: Config) -> list[str]:
 
 
 # --- the loop ---
+class Run(NamedTuple):
+    """What every step needs. `model` and `optimizer` are wrapped by accelerate."""
+
+    config: Config
+    accelerator: Accelerator
+    student: Student
+    steps: int
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    reference: torch.nn.Module | None  # π_ref
+
+
 def train(config, accelerator, student: Student, samples, teach, placeholder: Question) -> list:
     """Train: in each step a round, an update and its metrics. Returns the metrics of all steps.
     `placeholder` is a question that is known to open; it stands in for records that do not."""
@@ -165,13 +178,13 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
             details = first_details(rows)
             if accelerator.is_main_process:
                 report_teacher_failures(history[done:], details)
-            end = why_teacher_is_no_help(history[done:], details)
+            stop = reason_to_stop(history[done:], details)
             if any(gather_object([len(interrupts)])):
-                end = "interrupted"
-            if end or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
+                stop = "interrupted"
+            if stop or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
                 folder = save_checkpoint(config, accelerator, step + 1)
-            if end:
-                words = f"train.py: {end} after step {step + 1}, which is saved in {folder}; "
+            if stop:
+                words = f"train.py: {stop} after step {step + 1}, which is saved in {folder}; "
                 words += "the same command with --resume True goes on"
                 accelerator.end_training()
                 raise SystemExit(words if accelerator.is_main_process else 1)
@@ -179,9 +192,9 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
     return history
 
 
-def train_step(run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
-    """A round on this process's `samples`, its advantages and an update. Returns the groups and
-    the figures of this process, and the rows that describe the rollouts of all processes."""
+def train_step(run: Run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
+    """A round on this process's `samples`, its advantages and an update. Returns (groups, rows,
+    figures): the groups and figures of this process, and a row for each rollout of all."""
     config, began = run.config, time.time()
     questions = open_questions(run.student, samples, placeholder)
     usage = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
@@ -198,8 +211,8 @@ def train_step(run, samples, teach, placeholder, step: int) -> tuple[list, list[
         )
         if config.log_reliance and teach is not None:
             ffr.measure_reliance(run.student, groups)
-    counted = [chosen for chosen in flat(groups) if not chosen.question.is_placeholder]
-    rows = gather_object([describe(chosen) for chosen in counted])
+    counted = [member for member in flat(groups) if not member.question.is_placeholder]
+    rows = gather_object([describe(member) for member in counted])
 
     round_ended = time.time()
     set_advantages(groups, rows, config.scale_rewards)
@@ -212,16 +225,16 @@ def train_step(run, samples, teach, placeholder, step: int) -> tuple[list, list[
     return groups, rows, figures
 
 
-def set_advantages(groups: list[list[Chosen]], rows: list[dict], scale: str) -> None:
+def set_advantages(groups: list[list[Member]], rows: list[dict], scale: str) -> None:
     """Set A_i within each group. The std of a batch is over the rollouts of all processes."""
-    rewards = torch.tensor([[chosen.reward for chosen in group] for group in groups])
+    rewards = torch.tensor([[member.reward for member in group] for group in groups])
     batch_std = torch.tensor([row["reward"] for row in rows] or [0.0, 0.0]).std()
     advantages = grpo.group_advantages(rewards, scale, batch_std)  # (questions, G)
-    for chosen, advantage in zip(flat(groups), advantages.flatten().tolist()):
-        chosen.advantage = advantage
+    for member, advantage in zip(flat(groups), advantages.flatten().tolist()):
+        member.advantage = advantage
 
 
-def update_policy(run, groups: list[list[Chosen]], rows: list[dict], placeholder: Question) -> dict:
+def update_policy(run: Run, groups: list[list[Member]], rows: list, placeholder: Question) -> dict:
     """Maximize J(θ) on the tokens of the chosen rollouts, each under its own prompt."""
     prompts, trained = ffr.episodes(groups)
     tokens = max(total(rows, "length"), 1)  # Σ|τ̂_i| of all processes
@@ -239,19 +252,6 @@ def update_policy(run, groups: list[list[Chosen]], rows: list[dict], placeholder
     return figures
 
 
-class Run(NamedTuple):
-    """What every step works with; `model` and `optimizer` are the accelerator's."""
-
-    config: Config
-    accelerator: Accelerator
-    student: Student
-    steps: int
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    reference: torch.nn.Module | None  # π_ref
-
-
 def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
     """Hand the model and its optimizer to accelerate. The student keeps the unwrapped model."""
     model = student.model
@@ -260,7 +260,7 @@ def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = reference_policy(config, accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
-    # Else accelerate casts all logits to fp32 at once; `grpo.chosen_logps` does so in chunks.
+    # Not accelerate's wrapper, which casts all logits to fp32; `batched_logps` does it in chunks.
     student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.register_for_checkpointing(scheduler)
     return Run(config, accelerator, student, steps, model, optimizer, scheduler, reference)
@@ -303,7 +303,7 @@ def open_questions(student: Student, samples: list, placeholder: Question) -> li
 
 
 def first_details(rows: list[dict]) -> dict[str, str]:
-    """Of each cause for which the teacher gave no patch, the words of its first failure."""
+    """The first error of each cause for which the teacher gave no patch, in its own words."""
     details = {}
     for row in rows:
         if row["cause"]:
@@ -320,11 +320,11 @@ def report_teacher_failures(history: list[dict], details: dict[str, str]) -> Non
         tqdm.write(f"teacher: no failed rollout of step {history[-1]['step']} got a patch")
 
 
-def why_teacher_is_no_help(history: list[dict], details: dict[str, str]) -> str | None:
+def reason_to_stop(history: list[dict], details: dict[str, str]) -> str | None:
     """Return why to stop, if the last HELPLESS steps that asked the teacher got no patch at all."""
-    asked = [row for row in history if row["teacher_failures"] or row["intervention"]][-HELPLESS:]
-    helped = any(metrics["intervention"] for metrics in asked)
-    if not details or helped or len(asked) < HELPLESS:
+    asked = [step for step in history if step["teacher_failures"] or step["intervention"]]
+    helped = any(step["intervention"] for step in asked[-HELPLESS:])
+    if not details or helped or len(asked) < HELPLESS:  # without details nothing failed just now
         return None
     first, *_ = details.values()
     return f"the teacher helped nobody in {HELPLESS} steps ({first}): stopped"
@@ -332,9 +332,9 @@ def why_teacher_is_no_help(history: list[dict], details: dict[str, str]) -> str 
 
 @contextmanager
 def interruptible(accelerator):
-    """Yield a list in which the first Ctrl-C only notes its time, so that the step is finished and
-    saved. A second one leaves at once. (A launcher of several processes sends them once more what
-    the terminal has sent them already, and kills them after 30 seconds.)"""
+    """Yield a list, to which the first Ctrl-C only adds its time, so that the step is finished and
+    saved. A second one leaves at once. (A launcher of several processes repeats the terminal's
+    Ctrl-C to them, hence `echo`, and kills them after 30 seconds.)"""
     interrupts = []
     echo = 1.0 if accelerator.num_processes > 1 else 0.0  # seconds in which a launcher repeats it
 
@@ -359,26 +359,26 @@ MEANS_OF_REPAIRS = ["fix", "align", "reliance", "patch_frames", "patch_seconds"]
 LARGEST = ["grad_norm", "logp_gap", "seconds_round", "seconds_update"]  # of the processes
 
 
-def describe(chosen: Chosen) -> dict:
+def describe(member: Member) -> dict:
     """The numbers of one chosen rollout, from which `summarize` makes the step's metrics."""
-    patch, error, completion = chosen.patch, chosen.error, chosen.rollout.completion
-    again = [] if chosen.repaired is None else chosen.repaired.completion.ids
-    frames = sum(last - first + 1 for first, last in patch.spans) if patch else 0
+    patch, error, completion = member.patch, member.error, member.chosen.completion
+    again = [] if member.repaired is None else member.repaired.completion.ids
+    span_frames = sum(last - first + 1 for first, last in patch.spans) if patch else 0
     return {
-        "unaided": chosen.unaided.score.correct,
-        "failure": not chosen.unaided.score.correct,
-        "intervention": chosen.repaired is not None,
-        "fix": chosen.rollout.score.correct,
-        "reward": chosen.reward,
-        "format": chosen.rollout.score.format,
-        "align": chosen.align,
-        "reliance": chosen.reliance,
+        "unaided": member.unaided.score.correct,
+        "failure": not member.unaided.score.correct,
+        "intervention": member.repaired is not None,
+        "fix": member.chosen.score.correct,  # `summarize` averages it over repairs alone
+        "reward": member.reward,
+        "format": member.chosen.score.format,
+        "align": member.align,
+        "reliance": member.reliance,
         "truncated": not completion.finished,
         "length": len(completion.ids),
         "entropy": float(completion.entropy.sum()),
-        "sampled_tokens": len(chosen.unaided.completion.ids) + len(again),
+        "sampled_tokens": len(member.unaided.completion.ids) + len(again),
         "patch_frames": len(patch.key_frames) if patch else 0,
-        "patch_seconds": frames / chosen.question.video.fps,
+        "patch_seconds": span_frames / member.question.video.fps,
         "cause": error and error.cause,
         "detail": error and error.detail,
     }
@@ -421,7 +421,7 @@ def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
         show_repair(run, groups, metrics["step"])
 
 
-def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
+def show_repair(run: Run, groups: list[list[Member]], step: int) -> None:
     """Draw a repair of the step, about eight times in a run: three that came out right, then one
     that did not, or of the other kind where there is none."""
     folder = Path(run.config.out, "repairs")
@@ -430,12 +430,12 @@ def show_repair(run: Run, groups: list[list[Chosen]], step: int) -> None:
         return
 
     wanted = drawn % 4 != 3
-    repairs = [chosen for chosen in flat(groups) if chosen.repaired is not None]
-    repairs.sort(key=lambda chosen: chosen.repaired.score.correct != wanted)
-    for chosen in repairs[:1]:
-        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{chosen.question.sample.id}")
+    repairs = [member for member in flat(groups) if member.repaired is not None]
+    repairs.sort(key=lambda member: member.repaired.score.correct != wanted)
+    for member in repairs[:1]:
+        name = re.sub(r"[^\w-]", "_", f"step-{step:04d}-{member.question.sample.id}")
         file = folder / f"{name}.png"
-        ffr.draw_repair(chosen, run.config.kappa, run.config.lam, file)
+        ffr.draw_repair(member, run.config.kappa, run.config.lam, file)
         track_picture(run.accelerator, file, step)
 
 
@@ -470,22 +470,22 @@ def evaluate(
             groups = ffr.find_fix_reason(
                 student, questions, 1, teach, kappa=0.0, lam=0.0, seed=("evaluation",)
             )
-        counted = [chosen for chosen in flat(groups) if not chosen.question.is_placeholder]
-        fresh = gather_object([evaluation_row(chosen) for chosen in counted])
+        counted = [member for member in flat(groups) if not member.question.is_placeholder]
+        fresh = gather_object([evaluation_row(member) for member in counted])
         if accelerator.is_main_process:
             add_rows(file, fresh)
         rows += fresh
     return rows
 
 
-def evaluation_row(chosen: Chosen) -> dict:
-    sample = chosen.question.sample
+def evaluation_row(member: Member) -> dict:
+    sample = member.question.sample
     return {
         "id": sample.id,
         "type": sample.problem_type,
         "source": sample.source,
-        "unaided": chosen.unaided.score.correct,
-        "assisted": chosen.rollout.score.correct,
+        "unaided": member.unaided.score.correct,
+        "assisted": member.chosen.score.correct,
     }
 
 
@@ -493,7 +493,8 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
     """A run's figures: held-out accuracy before and after, and its first and last third."""
     third = max(len(history) // 3, 1)  # of the steps
     first, last = history[:third], history[-third:]
-    repairs = sum(row["intervention"] for row in history)
+    # Sums of the steps' rates: each step has as many rollouts, so their ratio is the fix rate.
+    repaired = sum(row["intervention"] for row in history)
     fixed = sum(row["fix"] * row["intervention"] for row in history)
     figures = {
         "unaided_before": mean(before, "unaided") if before else None,
@@ -503,7 +504,7 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
         "failure_last": mean(last, "failure"),
         "intervention_first": mean(first, "intervention"),
         "intervention_last": mean(last, "intervention"),
-        "fix_rate": fixed / repairs if repairs else None,
+        "fix_rate": fixed / repaired if repaired else None,
     }
     for metrics in history:
         names = list(metrics)
@@ -557,18 +558,21 @@ def add_adapters(model, rank: int):
 
 def store_linears_in_bf16(model) -> None:
     """Halve the memory of frozen linear layers. Autocast casts their weights at each call, so this
-    changes nothing. It leaves norms and embeddings, tied ones too, in fp32, and so does this."""
+    changes no result. Norms and embeddings, tied ones too, stay in fp32, as under autocast."""
     tied = model.get_input_embeddings().weight
     for part in model.modules():
-        if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
-            part.to(torch.float32 if part.weight is tied else torch.bfloat16)
+        frozen = isinstance(part, torch.nn.Linear) and not part.weight.requires_grad
+        if frozen and part.weight is not tied:
+            part.to(torch.bfloat16)
 
 
 def reference_policy(config: Config, accelerator, model):
     """π_ref, the policy before training: None at β = 0; with adapters the model itself, which is
     called without them; else a frozen copy. `model` is not yet wrapped by accelerate."""
-    if config.lora_rank or config.beta == 0:
-        return model if config.beta > 0 else None
+    if config.beta == 0:
+        return None
+    if config.lora_rank:
+        return model
     reference = deepcopy(model).eval().requires_grad_(False)
     if accelerator.is_fsdp2:
         reference = fsdp2_prepare_model(accelerator, reference)
@@ -776,8 +780,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def threads_of(processes: int) -> int:
-    """Threads of each process: the user's OMP_NUM_THREADS, or else up to 4 of the machine's cores.
-    accelerate launch sets that variable itself, so the user's is the launcher's own."""
+    """Threads of each process: the user's OMP_NUM_THREADS, else its share of the cores, at most 4.
+    accelerate launch sets that variable anew, so the user's is read from the launcher."""
     environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
     users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", of_launcher("environ") or environment)
     if users:

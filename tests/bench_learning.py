@@ -272,8 +272,8 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
         part = questions[start : start + 64]
         for q, (r,) in zip(part, ONE_ROUND(greedy, part, 1, teach, 0.0, 0.0, ("evaluation",))):
             row = skills(q.sample, r.unaided.text)
-            right = {"unaided": r.unaided.score.correct, "assisted": r.rollout.score.correct}
-            told = skills(q.sample, r.rollout.text)["cites"] and right["assisted"]
+            right = {"unaided": r.unaided.score.correct, "assisted": r.chosen.score.correct}
+            told = skills(q.sample, r.chosen.text)["cites"] and right["assisted"]
             rows.append(row | right | {"faithful": right["unaided"] and row["cites"], "told": told})
     groups = ONE_ROUND(student, questions[:64], 1, teach, 0.0, 0.0, ("reliance",))
     with_repair = [group for group in groups if group[0].repaired]
@@ -322,7 +322,7 @@ def change(arm: str, patch, case, rng: random.Random):
     )
 
 
-def choose(arm: str, r: ffr.Chosen) -> ffr.Chosen:
+def choose(arm: str, r: ffr.Member) -> ffr.Member:
     """The rollout that this arm trains in place of the chosen one."""
     if not r.repaired:
         return r
@@ -419,7 +419,7 @@ class Run:
                 right += [r.unaided.score.correct for r in group]
                 groups.append(not any(r.unaided.score.correct for r in group))
                 repaired += [r.repaired.score.correct for r in group if r.repaired]
-                with_patch.append(not any(r.rollout.score.correct for r in group))
+                with_patch.append(not any(r.chosen.score.correct for r in group))
         shares = {
             "p0": right,
             "groups_without_success": groups,

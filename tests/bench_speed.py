@@ -203,7 +203,7 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     assert latency is None or sum(r.repaired is not None for r in rollouts) == len(rollouts) // 2
     for k, chosen in enumerate(rollouts):
         chosen.advantage = 1.0 - 2.0 * (k % 2)
-    total = sum(len(r.rollout.completion.ids) for r in rollouts)
+    total = sum(len(r.chosen.completion.ids) for r in rollouts)
     batch = grpo.Batch(*ffr.episodes(groups), total)
     objective = grpo.Objective(
         beta=0.0, rollouts_at_once=c.rollouts_at_once, row_tokens=c.row_tokens

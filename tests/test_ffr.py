@@ -127,7 +127,7 @@ def test_long_span_is_given_by_both_ends(questions):
 
 
 def ids_of(chosen):
-    return chosen.rollout.completion.ids.tolist()
+    return chosen.chosen.completion.ids.tolist()
 
 
 def answer(student, prompt, seed):
@@ -146,7 +146,7 @@ def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach
             repaired = rollout.repaired
             assert "pixel_values" in repaired.prompt  # the patched prompt, with its pictures
             again = answer(student, repaired.prompt, (SEED, question.sample.id, place, "again"))
-            assert rollout.rollout.completion.ids.tolist() == again.ids.tolist()
+            assert rollout.chosen.completion.ids.tolist() == again.ids.tolist()
 
 
 def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
@@ -209,14 +209,14 @@ def test_teacher_fault_costs_that_rollout_its_repair_and_nothing_else(
         return [*fault(cases[:1]), *teach(cases[1:])]
 
     whole, broken = (ffr.flat(run(student, questions[:2], t)) for t in (teach, partly))
-    score = broken[0].rollout.score
+    score = broken[0].chosen.score
     assert broken[0].repaired is None and broken[0].error.cause == cause
     assert broken[0].reward == score.accuracy + score.format  # untaxed
     assert ids_of(broken[0]) == whole[0].unaided.completion.ids.tolist()
     for a, b in zip(whole[1:], broken[1:]):
         assert ids_of(a) == ids_of(b)
         assert torch.equal(a.unaided.completion.logps, b.unaided.completion.logps)
-        assert torch.allclose(a.rollout.completion.logps, b.rollout.completion.logps, atol=1e-5)
+        assert torch.allclose(a.chosen.completion.logps, b.chosen.completion.logps, atol=1e-5)
         assert a.reward == b.reward
 
 
@@ -227,7 +227,7 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
     declined, plain = (ffr.flat(run(student, questions[:2], t)) for t in (decline, None))
     for a, b in zip(declined, plain):
         assert ids_of(a) == ids_of(b)
-        assert a.reward == b.reward and a.rollout.prompt is b.rollout.prompt
+        assert a.reward == b.reward and a.chosen.prompt is b.chosen.prompt
 
 
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):

@@ -29,16 +29,16 @@ def chain(tmp_path_factory):
 RIGHT, WRONG = Score(1.0, 1.0, True), Score(0.0, 1.0, False)
 
 
-def repaired(score: Score, reward: float) -> ffr.Chosen:
+def repaired(score: Score, reward: float) -> ffr.Member:
     failed = ffr.Rollout({}, "failed tokens", "", WRONG)
     again = ffr.Rollout({}, "repaired tokens", "", score)
-    return ffr.Chosen(None, 0, failed, repaired=again, reward=reward)
+    return ffr.Member(None, 0, failed, repaired=again, reward=reward)
 
 
 def test_reward_only_trains_the_failed_tokens_with_the_repaired_reward():
     r = repaired(RIGHT, 1.7)
     trained = bench.choose("reward only", r)
-    assert (trained.rollout.completion, trained.reward) == ("failed tokens", 1.7)
+    assert (trained.chosen.completion, trained.reward) == ("failed tokens", 1.7)
     assert bench.choose("FFR", r) is r
 
 
@@ -59,7 +59,7 @@ def test_best_of_keeps_the_higher_reward_and_the_unaided_one_if_equal(
     score, reward, tokens, expected
 ):
     trained = bench.choose("best of", repaired(score, reward))
-    assert (trained.rollout.completion, trained.reward) == (tokens, expected)
+    assert (trained.chosen.completion, trained.reward) == (tokens, expected)
 
 
 def test_random_patch_has_the_size_of_the_teachers_and_another_place(samples, teach):
@@ -132,7 +132,7 @@ def test_skills_by_themselves_are_the_students_probabilities(chain, student):
 def test_the_bare_prompt_arm_trains_the_repaired_tokens_under_the_question_alone():
     question = ffr.Question(None, None, [], [], prompt={"the": "question"})
     r = replace(repaired(RIGHT, 1.7), question=question)
-    trained = bench.choose("bare prompt", r).rollout
+    trained = bench.choose("bare prompt", r).chosen
     assert trained.prompt is question.prompt and trained.completion == "repaired tokens"
 
 

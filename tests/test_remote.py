@@ -235,7 +235,7 @@ def test_fault_of_the_endpoint_costs_one_rollout_its_repair_and_nothing_else(
         assert a.unaided.completion.ids.tolist() == b.unaided.completion.ids.tolist()
         assert torch.equal(a.unaided.completion.logps, b.unaided.completion.logps)
         if k != marked or cause is None:
-            a, b = (one.rollout.completion for one in (a, b))
+            a, b = (one.chosen.completion for one in (a, b))
             assert a.ids.tolist() == b.ids.tolist()
             # One row less in a batch may move the last bits.
             assert torch.allclose(a.logps, b.logps, atol=1e-5)

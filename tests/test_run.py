@@ -293,9 +293,9 @@ def test_reliance_by_completion_logps(student, questions, teach):
 
 
 def test_each_fourth_picture_is_of_a_repair_that_did_not_help(tmp_path, monkeypatch, student):
-    def chosen_with(correct: bool | None) -> ffr.Chosen:
+    def chosen_with(correct: bool | None) -> ffr.Member:
         rollout = ffr.Rollout({}, None, "", Score(0.0, 0.0, bool(correct)))
-        return ffr.Chosen(question, 0, rollout, repaired=None if correct is None else rollout)
+        return ffr.Member(question, 0, rollout, repaired=None if correct is None else rollout)
 
     def draw(chosen, kappa, lam, file):
         shown.append(chosen.repaired.score.correct)
