@@ -514,14 +514,14 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
 
 
 MEANINGS = {
-    "unaided_before": "of held-out questions right before training, no teacher",
-    "unaided_after": "of held-out questions right after training, no teacher",
+    "unaided_before": "share of held-out questions right before training, no teacher",
+    "unaided_after": "the same after training",
     "assisted_after": "the same, with a patch wherever the first answer was wrong",
-    "failure_first": "of first answers wrong, first third of training",
-    "failure_last": "of first answers wrong, last third",
-    "intervention_first": "of first answers got a patch, first third of training",
-    "intervention_last": "of first answers got a patch, last third",
-    "fix_rate": "of second answers right, whole training",
+    "failure_first": "share of first answers wrong, first third of training",
+    "failure_last": "the same, last third",
+    "intervention_first": "share of first answers that got a patch, first third",
+    "intervention_last": "the same, last third",
+    "fix_rate": "share of second answers right",
     "teacher_failures": "wrong first answers that got no patch",
     "seconds": "whole run, with both evaluations",
 }

@@ -353,7 +353,8 @@ def test_smoke_test_of_ones_own_data_takes_three_steps(samples, model_folder, tm
     words = {"my.jsonl": str(file), "my.jsonl.skip.json": f"{file}.skip.json"}
     words |= {"STUDENT": model_folder, "TEACHER": model_folder}
     words |= {"runs/smoke": str(tmp_path / "smoke")}
-    for command in commands("data.py my.jsonl") + commands("runs/smoke"):
+    assert "`python data.py my.jsonl`" in README
+    for command in [["python", "data.py", "my.jsonl"], *commands("runs/smoke")]:
         run_alone(ROOT, *[words.get(word, word) for word in command[1:]])
     rows = (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
