@@ -1,11 +1,12 @@
 """How well the leak gate works: `python tests/bench_leaks.py` writes `assets/leaks.json`.
 
 1. The leak set (`leaks.jsonl`): of the patches that state the answer, how many the gate catches; of
-   the clean ones, how many it refuses. One half was there to build the gate on, the other was
-   written by others and not looked at. `implied` ones give the answer by synonyms, descriptions or
-   world knowledge, which no rule on words can know; they are counted apart. The same with the
-   blind test, played by language models whose answers stand in the file: `blind`, from question,
-   options and words, `alone`, without the words. `unguessed`: the records that `alone` has wrong.
+   the clean ones, how many it refuses. The gate was built on one half. The other, `held_out`, was
+   written by others, but some rules were chosen with a look at its counts. `implied` ones give the
+   answer by synonyms, descriptions or world knowledge, which no rule on words can know, and are
+   counted apart. The same with the blind test, played by language models whose answers stand in
+   the file: `blind`, from question, options and words; `alone`, without the words. `unguessed` are
+   the records that `alone` has wrong.
 2. The blind probe: a tiny student is trained to answer needle questions from the question and the
    patch's text, without the video. What it gets right on new videos beyond what it gets right
    without a patch is the measured leak.
