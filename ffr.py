@@ -377,15 +377,19 @@ def user_turn(text: str, evidence: list[dict]) -> list[dict]:
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
 
 
-def render_question(student: Student, sample: Sample, evidence: list[dict] = ()) -> str:
-    """The prompt as text: the video, the question and, if there is any, the evidence."""
+def question_text(view: View, sample: Sample) -> str:
+    """The view's prompt with the question, its options and what the answer is to be like."""
     values = {
         "question": sample.question,
         "options": "\n".join(sample.options),
         "suffix": SUFFIXES[sample.problem_type],
     }
-    text = re.sub(r"\{(question|options|suffix)\}", lambda m: values[m[1]], student.view.prompt)
-    chat = [{"role": "user", "content": user_turn(text, evidence)}]
+    return re.sub(r"\{(question|options|suffix)\}", lambda match: values[match[1]], view.prompt)
+
+
+def render_question(student: Student, sample: Sample, evidence: list[dict] = ()) -> str:
+    """The prompt in the model's chat template, up to where its answer begins."""
+    chat = [{"role": "user", "content": user_turn(question_text(student.view, sample), evidence)}]
     return student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 

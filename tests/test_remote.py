@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port
+from test_readme import snippet
 from test_train import recorded_rounds, recorded_update, train_once
 
 import data
@@ -657,3 +658,32 @@ def test_blind_test_asks_once_a_question_and_once_a_patch_and_is_replayed(
         for name in a:
             if not name.startswith(("seconds", "teacher_calls", "teacher_hits", "teacher_tokens")):
                 assert a[name] == b[name] or name == "teacher_seconds", name
+
+
+def test_a_server_can_sample_in_the_place_of_generate(
+    endpoint, student, samples, teach, monkeypatch
+):
+    """The snippet in assets/pieces.md: the server sees the frames, and in a repair the patch too."""
+    monkeypatch.setattr(ffr, "generate", ffr.generate)  # what the snippet sets is taken back
+    monkeypatch.setattr(ffr, "encode", ffr.encode)
+    exec(snippet("def served"), names := {})
+    ffr.generate = names["served"](endpoint.url, "student", student.processor.tokenizer)
+    right = f"<think> look </think> <answer> {samples[0].answer} </answer>"
+    wrong = "<think> look </think> <answer> look </answer>"
+
+    def reply(messages, times):
+        return say(right if "Evidence" in str(messages) else wrong)
+
+    endpoint.fault = reply
+    question = ffr.open_question(student, samples[0])
+    (group,) = ffr.find_fix_reason(
+        student, [question], num_rollouts=2, teacher=teach, kappa=0.3, lam=0.0, seed=(0,)
+    )
+    assert [member.reward for member in group] == pytest.approx([2 - 0.3] * 2)
+    for member in group:
+        done = member.chosen.completion
+        assert done.finished and done.ids[-1] == student.processor.tokenizer.eos_token_id
+        assert member.unaided.text.strip() == wrong and (done.logps < 0).all()
+    shown = [body["messages"][0]["content"] for body in endpoint.bodies]
+    pictures = [sum(part["type"] == "image_url" for part in content) for content in shown]
+    assert pictures[:2] == [len(question.frames)] * 2 and min(pictures[2:]) > pictures[0]
