@@ -89,9 +89,13 @@ def table(record: dict) -> list[str]:
     return lines
 
 
+def cells_of_all_arms(record: dict) -> list[str]:
+    return [cell for cell in record["starts"] if cell != "rarer"]
+
+
 def short_table(record: dict) -> list[str]:
     """The README's: an arm a line, and how it ends in the cells that have all arms."""
-    cells = [cell for cell in record["starts"] if cell != "rarer"]
+    cells = cells_of_all_arms(record)
     columns = [f"{cell}: unaided | with a patch | reading kept" for cell in cells]
     lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 3 * len(cells)]
     for arm in by_arm(record, cells[0]):
@@ -125,25 +129,27 @@ def draw_curves(record: dict, file: Path) -> None:
     """Right without and with a patch over the budget, in every cell, with 95 % bands."""
     from matplotlib import pyplot
 
-    cells, size = record["starts"], (4 * len(record["starts"]), 7)
+    cells, size = record["starts"], (3.6 * len(record["starts"]), 6)
     shared = {"sharex": True, "sharey": True}
     figure, panels = pyplot.subplots(2, len(cells), figsize=size, squeeze=False, **shared)
+    titles = {"unaided": "right unaided", "assisted": "right, with a patch where it fails"}
     for column, cell in enumerate(cells):
-        for row, (key, title) in enumerate(
-            {"unaided": "unaided", "assisted": "with a patch where it fails"}.items()
-        ):
+        for row, (key, title) in enumerate(titles.items()):
             axis = panels[row][column]
-            axis.set_title(f"{cell} cell: right {title}")
             for arm, rows in by_arm(record, cell).items():
                 if arm in LOOKS:
                     draw_arm(axis, arm, rows, key)
             axis.set_ylim(-0.02, 1.02)
+            axis.grid(axis="y", color="0.9")
             if row:
-                axis.set_xlabel("tokens sampled by the student, thousands")
+                axis.set_xlabel("tokens sampled, thousands")
+            else:
+                axis.set_title(f"unaided success: {cell}")
             if not column:
-                axis.set_ylabel("share of held-out videos")
-    panels[0][-1].legend(frameon=False, handlelength=4, loc="upper left")
-    figure.tight_layout()
+                axis.set_ylabel(title)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), handlelength=4)
     figure.savefig(file, dpi=100)
 
 
@@ -155,17 +161,19 @@ def draw_arm(axis, arm: str, rows: list[dict], key: str) -> None:
     low = [m - h for m, h in zip(middle, half)]
     high = [m + h for m, h in zip(middle, half)]
     look = {"color": colour, "marker": mark, "markersize": 4}
-    axis.plot(tokens, middle, line, label=f"{arm}, {len(rows)} seeds", **look)
+    axis.plot(tokens, middle, line, label=arm, **look)
     axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def draw_skills(record: dict, file: Path) -> None:
-    """Each skill by itself, of each arm, after its budget; the dashed line is the cold start."""
+    """Each skill by itself, of each arm, after its budget, in the cells that have all arms. The
+    dashed line is the cold start."""
     from matplotlib import pyplot
 
-    cells, size = record["starts"], (11, 3.5 * len(record["starts"]))
-    rows_and_columns = (len(cells), len(SKILLS))
-    figure, panels = pyplot.subplots(*rows_and_columns, figsize=size, sharey="row", squeeze=False)
+    cells = cells_of_all_arms(record)
+    size = (11, 2.6 * len(cells) + 0.6)
+    shape = (len(cells), len(SKILLS))
+    figure, panels = pyplot.subplots(*shape, figsize=size, sharex=True, sharey="row", squeeze=False)
     for row, cell in enumerate(cells):
         arms = by_arm(record, cell)
         for column, (skill, what) in enumerate(SKILLS.items()):
@@ -174,11 +182,14 @@ def draw_skills(record: dict, file: Path) -> None:
                 middle, half = interval([run[skill] for run in rows])
                 axis.errorbar(middle, place, xerr=half, fmt="o", color="black", capsize=3)
             axis.axvline(record["starts"][cell][skill], color="0.5", linestyle="--")
-            axis.set(xlim=(-0.02, 1.02), title=f"{cell} cell: {skill} ({what})")
+            axis.set_xlim(-0.02, 1.02)
             axis.set_yticks(range(len(arms)), list(reversed(arms)))
             axis.grid(axis="y", color="0.9")
-            if row:
-                axis.set_xlabel("probability where all before it is right")
+            if not row:
+                axis.set_title(f"{skill}: {what}")
+            if row == len(cells) - 1:
+                axis.set_xlabel("probability, all before it right")
+        panels[row][0].set_ylabel(f"unaided success: {cell}")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
 
