@@ -99,7 +99,7 @@ CELLS = {  # how often an answer of the cold start's lessons finds the flash, an
     "rarer": CHAIN._replace(find=0.02, relate=0.3),  # of GRPO and FFR alone
     "never": CHAIN._replace(find=0.0, relate=0.3),
 }
-RATES = (8e-5, 1.5e-4, 3e-4, 6e-4)
+RATES = (4e-5, 8e-5, 1.5e-4, 3e-4, 6e-4)
 RATES_SEEDS = (200, 201)
 TUNED = ("GRPO", "FFR", "bare prompt")  # the other arms take FFR's rate
 # The patch shows the flash alone: with the term for alignment (λ) whoever cites the other moment
@@ -675,7 +675,7 @@ def main() -> None:
     if given.quick:
         BUDGETS, POINTS, QUICK = dict.fromkeys(BUDGETS, 6_000), 2, True
         VIDEOS = {"cold": (32, 1), "train": (64, 2), "held_out": (32, 3)}
-        CELLS, RATES, RATES_SEEDS = {"rare": CELLS["rare"]}, RATES[1:2], (0,)
+        CELLS, RATES, RATES_SEEDS = {"rare": CELLS["rare"]}, RATES[2:3], (0,)
     (work() / "rows").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
