@@ -506,8 +506,7 @@ def repair_sections(member: Member, kappa: float, lam: float) -> list[tuple]:
     times = [f"{question.video.seconds(index):.1f} s" for index in question.indices]
     with_pictures = "pixel_values" in repaired.prompt
     evidence = patch_text(patch, question.video, question.spacing, corners=not with_pictures)
-    every_picture = patch_pictures(patch, question.video, question.spacing)
-    pictures = every_picture if with_pictures else []
+    pictures = patch_pictures(patch, question.video, question.spacing) if with_pictures else []
     reward = f"R {second_score.accuracy:.2f} + R_fmt {second_score.format:.2f} - kappa {kappa:.2f}"
     if lam * second_score.correct * member.align:
         reward += f" + lambda {lam:.2f} x align {member.align:.2f}"
