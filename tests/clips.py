@@ -9,7 +9,16 @@ FAST = {"crf": "12", "preset": "ultrafast", "g": "48"}
 
 
 def encode(
-    path, width, height, rate, frames, gaps, codec="h264", options=FAST, pixels=None, **more
+    path,
+    width=128,
+    height=96,
+    rate=Fraction(25),
+    frames=200,
+    gaps=None,
+    codec="h264",
+    options=FAST,
+    pixels=None,
+    **more,
 ):
     """Write a clip whose frames carry their index as 16 blocks of black and white; returns the
     seconds at which each was put. `more`: format, the muxer's options, pixels' aspect."""

@@ -11,7 +11,7 @@ import math
 import statistics
 from pathlib import Path
 
-from bench_learning import CHAIN_ARMS
+from bench_learning import CHAIN_ARMS, arms_of
 
 ROOT = Path(__file__).parent.parent
 SKILLS = {"find": "the flash", "relate": "the moment asked for", "read": "the four colours"}
@@ -90,7 +90,7 @@ def table(record: dict) -> list[str]:
 
 
 def cells_of_all_arms(record: dict) -> list[str]:
-    return [cell for cell in record["starts"] if cell != "rarer"]
+    return [cell for cell in record["starts"] if len(arms_of(cell)) == len(CHAIN_ARMS)]
 
 
 def short_table(record: dict) -> list[str]:

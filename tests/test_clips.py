@@ -129,7 +129,7 @@ def is_right(path):
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_is_shown_as_a_player_does_or_refused(name, tmp_path):
     how, refusal = CLIPS[name]
-    code = f"from clips import *; encode({name!r}, 128, 96, Fraction(25), 200, None, **{how})"
+    code = f"from clips import *; encode({name!r}, **{how})"
     here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": here}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
@@ -146,21 +146,14 @@ def test_clip_is_shown_as_a_player_does_or_refused(name, tmp_path):
 def test_clip_cut_without_encoding_is_shown_from_its_cut(start, end, b_frames, ending, tmp_path):
     source, path = str(tmp_path / "long.mp4"), tmp_path / f"cut.{ending}"
     options = {"g": "250", "bf": b_frames, "preset": "veryfast", "crf": "12", "sc_threshold": "0"}
-    encode(source, width=128, height=96, rate=Fraction(25), frames=500, gaps=None, options=options)
+    encode(source, frames=500, options=options)
     cut(source, str(path), start, end)
     assert is_right(path) > 100
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5])
 def test_short_clip_is_shown_whole(frames, tmp_path):
-    encode(
-        str(tmp_path / "short.mp4"),
-        width=128,
-        height=96,
-        rate=Fraction(25),
-        frames=frames,
-        gaps=None,
-    )
+    encode(str(tmp_path / "short.mp4"), frames=frames)
     assert is_right(tmp_path / "short.mp4") == frames
 
 
@@ -168,21 +161,13 @@ def test_clip_that_counts_hidden_or_empty_frames_is_refused(tmp_path):
     said = "fewer frames decode than it counts; re-encode it"
     encode(
         str(tmp_path / "trimmed.mp4"),
-        width=128,
-        height=96,
-        rate=Fraction(25),
         frames=200,
-        gaps=None,
         options={"g": "48"},
     )
     shorten(tmp_path / "trimmed.mp4", 0.5)
     encode(
         str(tmp_path / "mpeg4.mp4"),
-        width=128,
-        height=96,
-        rate=Fraction(25),
         frames=60,
-        gaps=None,
         codec="mpeg4",
         options={"g": "12"},
     )
@@ -202,7 +187,6 @@ def test_long_clip_whose_seeks_are_off_is_read_in_order(codec, options, tmp_path
         height=64,
         rate=Fraction(25),
         frames=2100,
-        gaps=None,
         codec=codec,
         options=options,
     )
@@ -218,11 +202,7 @@ def test_open_groups_that_begin_late_are_shown_right(tmp_path):
     options = {"preset": "veryfast", "x265-params": forced}
     encode(
         str(path),
-        width=128,
-        height=96,
-        rate=Fraction(25),
         frames=700,
-        gaps=None,
         codec="libx265",
         options=options,
     )

@@ -392,23 +392,10 @@ def test_the_end_that_was_sampled_is_trained(student, questions, accelerator):
     sampling = replace(student.sampling, eos_ids=(int(likely),))
     (ended,) = sampled(student, prompts[:1], [0], sampling)
     assert ended.finished and ended.ids[-1] == likely and (ended.ids[:-1] != likely).all()
-    whole, _ = gradients(
-        student,
-        accelerator,
-        prompts=prompts[:1],
-        completions=[ended],
-        advantages=[1.0],
-        weights=[1.0],
-    )
+    one = {"prompts": prompts[:1], "advantages": [1.0], "weights": [1.0]}
+    whole, _ = gradients(student, accelerator, completions=[ended], **one)
     without = ended._replace(ids=ended.ids[:-1], logps=ended.logps[:-1])
-    less, _ = gradients(
-        student,
-        accelerator,
-        prompts=prompts[:1],
-        completions=[without],
-        advantages=[1.0],
-        weights=[1.0],
-    )
+    less, _ = gradients(student, accelerator, completions=[without], **one)
     (-grpo_logps(student, prompts[0], ended.ids).mean()).backward()
     want = torch.cat([p.grad.flatten() for p in student.model.parameters()])
     student.model.zero_grad()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import free_port
 from test_readme import snippet
+from test_teacher import make_case
 from test_train import recorded_rounds, recorded_update, train_once
 
 import data
@@ -380,9 +381,7 @@ def test_equal_failures_are_diagnosed_once_and_a_slow_one_does_not_hold_the_othe
 ):
     videos = [data.Video(s.path) for s in samples]
     cases = [
-        teacher.Case(
-            id=s.id, question=s.question, options=[], answer=s.answer, response=f"{n}", video=v
-        )
+        make_case(id=s.id, question=s.question, answer=s.answer, response=f"{n}", video=v)
         for s, v in zip(samples, videos)
         for n in (1, 1, 2)
     ]
@@ -488,10 +487,7 @@ def test_a_request_may_take_most_of_the_time(endpoint):
 
 def test_without_workers_all_share_one_deadline(endpoint, samples):
     videos = [data.Video(sample.path) for sample in samples]
-    cases = [
-        teacher.Case(id=s.id, question="?", options=[], answer="x", response="", video=v)
-        for s, v in zip(samples, videos)
-    ]
+    cases = [make_case(id=s.id, answer="x", video=v) for s, v in zip(samples, videos)]
     endpoint.fault = slow
     began = time.time()
     chat = teacher.remote(endpoint.url, "m")
@@ -549,14 +545,7 @@ def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
 ):
     sent, cause, words = ODD[name]
     endpoint.fault = lambda messages, times: sent
-    case = teacher.Case(
-        id="c",
-        question="What is it?",
-        options=[],
-        answer="ring",
-        response="hm",
-        video=data.Video(samples[0].path),
-    )
+    case = make_case(answer="ring", video=data.Video(samples[0].path))
     (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
     if cause is None:
         assert isinstance(verdict, EvidencePatch) and verdict.key_frames == [3]
@@ -579,14 +568,7 @@ def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
 
 def test_an_error_in_a_200_is_tried_again(endpoint, samples):
     endpoint.fault = first(refused(200, "busy", code=502), OVER_LIMIT, message(content=PATCH))
-    case = teacher.Case(
-        id="c",
-        question="?",
-        options=[],
-        answer="ring",
-        response="hm",
-        video=data.Video(samples[0].path),
-    )
+    case = make_case(answer="ring", video=data.Video(samples[0].path))
     (verdict,) = teacher.diagnose([case], teacher.remote(endpoint.url, "m"), reward.gate)
     assert isinstance(verdict, EvidencePatch) and [*endpoint.seen.values()] == [3]
 
