@@ -5,7 +5,9 @@
     evidence        `Video.frame(i)`, at native size: what the teacher's tools look at
 
 Frames are those that a player shows, in its order, and times count from the first of them.
-Sources: FFR Table 8 and Video-R1's format; needle videos are ours. Imports no sibling."""
+Sources: FFR Table 8 and Video-R1's format; needle videos are ours. The file needs no sibling; with
+reward.py beside it, reference answers are checked too.
+"""
 
 import argparse
 import json
@@ -43,7 +45,7 @@ PATIENCE = 60.0  # seconds of work that reading a clip may take
 
 
 @dataclass
-class Settings:
+class DataSettings:
     """The records and their videos."""
 
     data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
@@ -125,7 +127,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
-    """By each record's number, from 1: its sample, or what is wrong with it."""
+    """The records by number, from 1: each a `Sample`, or a `DataError` that says what is wrong."""
     content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
     if content.startswith(b"["):
         records = parse_json(content, path)
@@ -135,7 +137,8 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
         raise DataError(path, "holds no records", "; give a list of them")
 
     root = Path(video_root or Path(path).parent)
-    results, first_with_id = {}, {}
+    results = {}
+    first_with_id = {}  # the number of the first record with an id
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"
         try:
@@ -162,7 +165,7 @@ def parse_json(text: bytes, where: str):
 
 
 def read_record(record: dict, where: str, root: Path) -> Sample:
-    """The sample of a record. Raises `DataError` where it cannot be asked or answered."""
+    """The sample of a record. Raises `DataError` if it cannot be asked or answered."""
 
     def need(fine: object, cause: str, remedy: str) -> None:
         if not fine:
@@ -174,16 +177,23 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
     for name in TEXTS:
         fine = isinstance(record.get(name), str) and record[name].strip()
         need(fine, f"field '{name}' is missing or no text", "; add it or drop the record")
-    kind, options = record["problem_type"], record.get("options") or []
-    need(kind in TYPES, "unknown problem_type", f" '{kind}'; use one of: {', '.join(TYPES)}")
+
+    problem_type = record["problem_type"]
+    known = ", ".join(TYPES)
+    need(problem_type in TYPES, "unknown problem_type", f" '{problem_type}'; use one of: {known}")
+
     answer, end, _ = record["solution"].partition("<answer>")[2].partition("</answer>")
     need(end and answer.strip(), "solution has no <answer>…</answer>", "; wrap the answer in it")
+
+    options = record.get("options") or []
     need(isinstance(options, list), "field 'options' is no list", "; mend it")
     options = [str(option) for option in options]
-    need(options or kind != TYPES[0], "multiple choice without options", "; add 'options'")
+    can_be_asked = options or problem_type != "multiple choice"
+    need(can_be_asked, "multiple choice without options", "; add 'options'")
+
     video = root / record["path"]
     need(video.is_file(), "no video at", f" {video}; mend 'path' or give --video_root")
-    fault = reference_fault(answer.strip(), kind, options)
+    fault = reference_fault(answer.strip(), problem_type, options)
     need(not fault, "no answer can be right by it", f". {fault}")
 
     return Sample(
@@ -191,7 +201,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
         question=record["problem"],
         options=options,
         answer=answer.strip(),
-        problem_type=kind,
+        problem_type=problem_type,
         path=str(video),
         source=str(record.get("data_source", "")),
         truth={name: record[name] for name in TRUTHS if name in record},
@@ -199,13 +209,13 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
     )
 
 
-def reference_fault(answer: str, kind: str, options: list[str]) -> str | None:
-    """Why no answer can be right by a reference, or None; also None where there is no reward.py."""
+def reference_fault(answer: str, problem_type: str, options: list[str]) -> str | None:
+    """Why no answer can be right by a reference, or None; also None if there is no reward.py."""
     try:
         from reward import reference_problem
     except ImportError:
         return None
-    return reference_problem(answer, kind, options)
+    return reference_problem(answer, problem_type, options)
 
 
 # --- videos, in this process ---
@@ -216,12 +226,13 @@ class Decoder:
     child: Popen | None = None
 
     def __call__(self, path: str, indices: list | None = None, in_order=False, patience=PATIENCE):
-        """Call `read_frames` for `indices` there, or `open_clip` without. Raises `DataError`, also
-        where that takes more than `patience` seconds of the process's own work, or of idling."""
+        """Run `read_frames` there, or without `indices` `open_clip`. Raises `DataError`, also if
+        that takes more than `patience` seconds of the process's own work, or of idling."""
         if self.child is None or self.child.poll() is not None:
             command = [sys.executable, __file__, "--decode"]
             ends = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
             self.child = Popen(command, start_new_session=True, **ends)  # Ctrl-C is not for it
+
         try:
             pickle.dump((os.path.abspath(path), indices, in_order, patience), self.child.stdin)
             self.child.stdin.flush()
@@ -235,8 +246,8 @@ class Decoder:
 
 
 class Video:
-    """A video, by the indices of its frames, as teacher.py's tools take it. Raises `DataError`
-    where it cannot be read."""
+    """A video, by the indices of its frames, as teacher.py's tools take it. Raises `DataError` if
+    it cannot be read."""
 
     def __init__(self, path: str, decoder: Decoder = Decoder(), patience: float = PATIENCE):
         self.path = str(path)
@@ -268,6 +279,7 @@ class Video:
                 raise
             # decord can fail on a batch although each frame decodes. If not, this names the frame.
             frames = [self._read([index])[0] for index in indices]
+
         images = []
         for frame in frames:
             image = Image.fromarray(frame)
@@ -315,7 +327,8 @@ def serve_decoder() -> None:
     """Answer requests until the parent process is gone."""
     while sys.stdin.buffer.peek():
         path, indices, in_order, patience = pickle.load(sys.stdin.buffer)
-        done, fault, result = Event(), None, None
+        fault, result = None, None
+        done = Event()
         Thread(target=end_if_stuck, args=(done, patience), daemon=True).start()
         try:
             result = read_frames(path, indices, in_order) if indices else open_clip(path)
@@ -326,6 +339,7 @@ def serve_decoder() -> None:
         except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):
             where = f" (frame {indices[0]})" if indices else ""
             fault = "frames do not decode", f"{where}; replace the file"
+
         done.set()
         pickle.dump((fault, result), sys.stdout.buffer)
         sys.stdout.flush()
@@ -352,6 +366,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     for name, magic in CONTAINERS.items():
         if re.match(magic, header, re.DOTALL):
             container = name
+
     if not header:
         raise DataError(path, "an empty file", "; replace it")
     if container == "MPEG transport stream":
@@ -369,6 +384,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
     rising = (times[1:] > times[:-1]).all()
     if not rising or abs(times).max() > 1e6:
         raise DataError(path, f"{container}: its frames' times do not rise", f"; {REENCODE}")
+
     shown = times[times >= 0]  # a clip that was cut without encoding hides what comes before 0
     keys = reader.get_key_indices()
     if len(shown) < len(times):
@@ -412,7 +428,7 @@ def read_header(path: str, size: int = 2**16) -> bytes:
 
 
 def pixel_aspect(header: bytes) -> float:
-    """A pixel's width over its height; 1 where the file does not say."""
+    """A pixel's width over its height; 1 if the file does not say."""
     pixel = re.search(PIXEL_ASPECT, header, re.DOTALL)
     if not pixel:
         return 1.0
@@ -421,8 +437,9 @@ def pixel_aspect(header: bytes) -> float:
 
 
 def open_reader(path: str) -> decord.VideoReader:
-    """A reader for a single request, as an idle one decodes ahead into memory, and what a used one
-    finds depends on what it has read. It fails where it would repeat a frame for a missing one."""
+    """A fresh reader for each request: an idle one keeps decoding into memory, and what a used one
+    returns depends on what it has read. `fault_tol` makes it fail rather than repeat a frame in
+    place of a missing one."""
     return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
 
 
@@ -448,6 +465,7 @@ def read_frames(path: str, indices: list[int], in_order: bool):
     reader = open_reader(path)
     if not in_order:
         return reader.get_batch(indices).asnumpy()
+
     frames = {}
     for index in range(max(indices) + 1):
         frame = reader.next()
@@ -457,14 +475,14 @@ def read_frames(path: str, indices: list[int], in_order: bool):
 
 
 # --- `python data.py FILE`: what is wrong with a data set, before a run ---
-def look_at(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -> dict:
+def open_videos(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -> dict:
     """Decode `num_frames` of each video. By path: its frames and seconds, or the `DataError`."""
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # the job may have fewer than the machine
         cpus = len(os.sched_getaffinity(0))
     decoders = [Decoder() for _ in range(cpus)]
 
-    def look(path: str) -> tuple | DataError:
+    def open_video(path: str) -> tuple | DataError:
         decoder = decoders.pop()
         try:
             video = Video(path, decoder, patience)
@@ -476,52 +494,57 @@ def look_at(paths: list[str], num_frames: int = 1, patience: float = PATIENCE) -
             decoders.append(decoder)
 
     with ThreadPoolExecutor(cpus) as pool:
-        looks = pool.map(look, paths)
-        return dict(zip(paths, tqdm(looks, "videos", len(paths), leave=False)))
+        results = pool.map(open_video, paths)
+        return dict(zip(paths, tqdm(results, "videos", len(paths), leave=False)))
 
 
 def stamp(path: str) -> list:
     """A file's size and time, which tell whether it has changed."""
-    facts = os.stat(path)
-    return [facts.st_size, facts.st_mtime_ns]
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def refuse_broken(
     samples: list[Sample], file: str, skip: str = "", patience: float = PATIENCE
 ) -> None:
-    """Raise `DataError` where a video does not open. Those that `python data.py` has opened before
-    are trusted. If more than MANY others are left, that comes first: all processes wait here."""
+    """Raise `DataError` if a video does not open. Those that `python data.py` has opened before are
+    trusted. If more than MANY others are left, that comes first: all processes wait here."""
     try:
         listed = json.loads(Path(skip or f"{file}.skip.json").read_text(encoding="utf-8"))
-        seen = dict(listed["videos"])
+        trusted = dict(listed["videos"])
     except (OSError, ValueError, LookupError, TypeError):
-        seen = {}
-    unseen = []
+        trusted = {}
+
+    untried = []
     for path in {sample.path: None for sample in samples}:
-        if seen.get(os.path.abspath(path)) != stamp(path):
-            unseen.append(path)
-    if len(unseen) > MANY:
+        if trusted.get(os.path.abspath(path)) != stamp(path):
+            untried.append(path)
+    if len(untried) > MANY:
         advice = f"; run `python data.py {file}` first, then train with --skip {file}.skip.json"
-        raise DataError(file, f"{len(unseen)} videos were not opened before", advice)
-    facts = look_at(unseen, patience=patience)
-    refuse_faults(list(facts.values()), file)
+        raise DataError(file, f"{len(untried)} videos were not opened before", advice)
+
+    results = open_videos(untried, patience=patience)
+    refuse_faults(list(results.values()), file)
 
 
 def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     """Read every record and open every video. Writes FILE.skip.json and prints a table."""
-    sha, records = digest(file), read_records(file, video_root)
+    sha = digest(file)
+    records = read_records(file, video_root)
     samples = [sample for sample in records.values() if isinstance(sample, Sample)]
     paths = list({sample.path: None for sample in samples})
-    seen = look_at(paths, num_frames, patience)
-    faults, fine = {}, []
-    for number, sample in records.items():
-        fact = sample if isinstance(sample, DataError) else seen[sample.path]
-        if isinstance(fact, DataError):
-            faults[number] = fact
-        else:
-            fine.append(sample)
+    results = open_videos(paths, num_frames, patience)
 
-    opened = [path for path in seen if not isinstance(seen[path], DataError)]
+    faults = {}
+    usable = []
+    for number, sample in records.items():
+        result = sample if isinstance(sample, DataError) else results[sample.path]
+        if isinstance(result, DataError):
+            faults[number] = result
+        else:
+            usable.append(sample)
+
+    opened = [path for path in results if not isinstance(results[path], DataError)]
     skip_list = {
         "data": sha,
         "records": {number: str(fault) for number, fault in faults.items()},
@@ -529,21 +552,22 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     }
     written = Path(f"{file}.skip.json")
     written.write_text(json.dumps(skip_list, indent=1, ensure_ascii=False), encoding="utf-8")
-    print_table(fine, [seen[sample.path] for sample in fine])
+
+    print_table(usable, [results[sample.path] for sample in usable])
     examples = {fault.cause: fault for fault in reversed(faults.values())}
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
-    print(f"{len(fine)} of {len(records)} records are fine; nothing has to be edited:")
+    print(f"{len(usable)} of {len(records)} records are fine; nothing has to be edited:")
     print(f"`train.py --data {file} --skip {written}` leaves the others out.")
 
 
-def print_table(samples: list[Sample], facts: list[tuple]) -> None:
-    """Describe the records that are fine."""
+def print_table(samples: list[Sample], lengths: list[tuple]) -> None:
+    """Describe the records that are fine. `lengths` are their videos', in frames and seconds."""
     for name in ("problem_type", "source"):
         counts = Counter(getattr(sample, name) for sample in samples).most_common()
         print(f"  {name:14}" + ", ".join(f"{value or '(none)'} {count}" for value, count in counts))
-    for name, values in zip(("frames", "seconds"), zip(*facts)):
+    for name, values in zip(("frames", "seconds"), zip(*lengths)):
         print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
     questions = {(sample.path, sample.question, *sample.options) for sample in samples}
     print(f"  {'asked again':14}{len(samples) - len(questions)} (same question, same video)")
@@ -598,7 +622,8 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
     """Write `n` needle videos and their records; returns the records' path. Each moment shows a
     two-coloured square, and at one moment the background flashes. The question asks for the colours
     at the flash, or at a moment before or after it, by `relations`."""
-    rng, root = random.Random(seed), Path(folder)
+    rng = random.Random(seed)
+    root = Path(folder)
     margin = max(abs(relation) for relation in relations)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "records.jsonl", "w") as file:
@@ -606,12 +631,14 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
             name = f"needle-{seed}-{i:05d}"
             cue = rng.randrange(margin, MOMENTS - margin)
             relation = rng.choice(relations)
+
             scenes = [draw_scene(rng) for _ in range(MOMENTS)]
             frames = []
             for moment, scene in enumerate(scenes):
                 for frame in moment_frames(moment):
                     frames.append(paint_frame(rng, scene, frame, flashed=moment == cue))
             write_avi(str(root / f"{name}.avi"), frames, NEEDLE_FPS)
+
             record = needle_record(name, cue, relation, scenes)
             file.write(json.dumps(record) + "\n")
     return str(root / "records.jsonl")
@@ -711,4 +738,7 @@ def write_avi(path: str, frames: list[Image.Image], fps: int) -> None:
 
 
 if __name__ == "__main__":
-    serve_decoder() if sys.argv[1:] == ["--decode"] else main()
+    if sys.argv[1:] == ["--decode"]:
+        serve_decoder()
+    else:
+        main()

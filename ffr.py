@@ -16,10 +16,9 @@ A round is `find_fix_reason`:
     reason_again        samples τ*_i ~ π_old(· | x, c_i)
     set_rewards         gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
 
-The caller sets the advantages. Then `episodes` hands each τ̂_i to the update, under the prompt that
-it answers: a τ* is on-policy, but under another observation. So π_θ, π_old and π_ref all take its
-log-probs under (x, c). The file needs teacher.py, reward.py, grpo.py and data.py beside it, but not
-train.py.
+The caller sets the advantages; `episodes` then pairs each τ̂_i with the prompt that it answers. A τ*
+is on-policy only under (x, c), so π_θ, π_old and π_ref all score it there. The file needs teacher.py,
+reward.py, grpo.py and data.py beside it, but not train.py.
 """
 
 import argparse
@@ -60,40 +59,10 @@ from reward import (
     robust_improvement_reward,
     score,
 )
-from teacher import Case, EvidencePatch, TeacherError, load_teacher
-from teacher import Settings as TeacherSettings
-
-PROMPT = """{question}
-{options}
-Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
-your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
+from teacher import Case, EvidencePatch, TeacherError, TeacherSettings, load_teacher
 
 
-# --- settings, and what a round works with ---
-@dataclass
-class View:
-    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
-    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
-    frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
-    picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
-    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
-    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
-    decode_patience: Annotated[float, "seconds of work that a clip may take to read (ours)"] = (
-        PATIENCE
-    )
-
-
-@dataclass
-class Method:
-    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
-
-    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
-    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
-    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
-
-
+# --- what a round works with ---
 @dataclass
 class Student:
     """π_θ, and how it sees videos and samples answers."""
@@ -101,7 +70,7 @@ class Student:
     model: torch.nn.Module  # unwrapped
     processor: object
     sampling: Sampling
-    view: View
+    view: "View"
 
 
 @dataclass
@@ -113,7 +82,7 @@ class Question:
     indices: list[int]  # original frames shown to the student
     frames: list[Image.Image]
     prompt: dict | None = None  # x as model inputs
-    is_placeholder: bool = False  # for a record that does not open: makes calls, trains nothing
+    is_placeholder: bool = False  # for a record that does not open: sampled, but never trained on
 
     @property
     def spacing(self) -> float:
@@ -154,8 +123,8 @@ class Member:
         return self.unaided if self.repaired is None else self.repaired
 
 
-# The teacher, as the round sees it: failed cases go in; a patch comes out for each, or why there is
-# none. That no patch tells y is its own business: teacher.py's `diagnose`, reward.py's `gate`.
+# The teacher, as the round sees it: failed cases in, for each a patch or an error out. It is the
+# teacher's job to keep y out of a patch (teacher.py's `diagnose`, reward.py's `gate`).
 Teacher = Callable[[list[Case]], list[EvidencePatch | TeacherError]]
 
 
@@ -191,12 +160,13 @@ def first_pass(
         [seed_of(seed, question.sample.id, index, "first") for index in range(num_rollouts)]
         for question in questions
     ]
-    groups = []
     completions = generate(student.model, prompts, seeds, student.sampling)
+
+    groups = []
     for question, its_completions in zip(questions, completions):
         group = []
         for index, completion in enumerate(its_completions):
-            unaided = judge(student, question, question.prompt, completion)  # its score has z_i
+            unaided = judge(student, question, question.prompt, completion)
             group.append(Member(question, index, unaided))
         groups.append(group)
     return groups
@@ -210,7 +180,7 @@ def judge(student: Student, question: Question, prompt: dict, completion: Comple
 
 def find_and_fix(groups: list[list[Member]], teacher: Teacher) -> list[Member]:
     """Ask the teacher about all failures of the round at once: c_i = T(x, y, τ_i) where z_i = 0.
-    Sets the `patch` of each, or the `error` that says why there is none. Returns those with one."""
+    Sets each one's `patch`, or the `error` that says why not. Returns those with a patch."""
     failures = []
     for member in flat(groups):
         if not member.unaided.score.correct and not member.question.is_placeholder:
@@ -232,35 +202,42 @@ def find_and_fix(groups: list[list[Member]], teacher: Teacher) -> list[Member]:
 def reason_again(
     student: Student, questions: list[Question], patched: list[Member], seed: tuple
 ) -> None:
-    """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it.
-
-    Failures of one question with equal patches share a prompt. Where no prompt can be made of a
-    patch (it is too long, or a frame does not decode), its failures stay without a repair.
-    """
-    by_prompt = {}
-    for member in patched:
-        by_prompt.setdefault(prompt_key(member), []).append(member)
-
-    prompts, seeds, sharing = [], [], []
-    for failures in by_prompt.values():
-        question, patch = failures[0].question, failures[0].patch
-        try:
-            prompts.append(encode(student, question, patch))
-        except ValueError as error:
-            for member in failures:
-                member.patch, member.error = None, TeacherError("prompt", str(error))
-            continue
-        seeds.append([seed_of(seed, question.sample.id, c.index, "again") for c in failures])
-        sharing.append(failures)
+    """Sample τ*_i ~ π_old(· | x, c_i) for each patch, in one batch, and verify it."""
+    shared = patched_prompts(student, patched)
+    prompts = [prompt for prompt, _ in shared]
+    seeds = []
+    for _, members in shared:
+        sample_id = members[0].question.sample.id
+        seeds.append([seed_of(seed, sample_id, member.index, "again") for member in members])
 
     if is_sharded(student.model):
         # Every rank adds a patched prompt, so that all make the same calls. `zip` drops its answer.
         prompts.append(stand_in(student, questions[0]))
         seeds.append([0])
     completions = generate(student.model, prompts, seeds, student.sampling) if prompts else []
-    for prompt, failures, its_completions in zip(prompts, sharing, completions):
-        for member, completion in zip(failures, its_completions):
+
+    for (prompt, members), its_completions in zip(shared, completions):
+        for member, completion in zip(members, its_completions):
             member.repaired = judge(student, member.question, prompt, completion)
+
+
+def patched_prompts(student: Student, patched: list[Member]) -> list[tuple[dict, list[Member]]]:
+    """The distinct prompts (x, c_i), each with the members that answer it. If no prompt can be made
+    of a patch (it is too long, or a frame does not decode), its members get an `error` instead."""
+    by_key = {}
+    for member in patched:
+        by_key.setdefault(prompt_key(member), []).append(member)
+
+    shared = []
+    for members in by_key.values():
+        try:
+            prompt = encode(student, members[0].question, members[0].patch)
+        except ValueError as error:
+            for member in members:
+                member.patch, member.error = None, TeacherError("prompt", str(error))
+        else:
+            shared.append((prompt, members))
+    return shared
 
 
 def set_rewards(groups: list[list[Member]], kappa: float, lam: float) -> None:
@@ -273,6 +250,7 @@ def set_rewards(groups: list[list[Member]], kappa: float, lam: float) -> None:
             question = member.question
             spans = [tuple(map(question.video.seconds, span)) for span in member.patch.spans]
             member.align = alignment(member.repaired.text, spans, tolerance=question.spacing / 2)
+
         member.reward = robust_improvement_reward(
             member.unaided.score, repaired_score, member.align, kappa, lam
         )
@@ -291,6 +269,7 @@ def episodes(groups: list[list[Member]]) -> tuple[dict, list[Episode]]:
                 next_number = len(groups) + len(patched_numbers)
                 prompt_number = patched_numbers.setdefault(prompt_key(member), next_number)
                 prompts[prompt_number] = member.repaired.prompt  # (x, c_i)
+
             weight = float(not member.question.is_placeholder)
             episode = Episode(
                 question=question_number,
@@ -344,10 +323,10 @@ def case_of(question: Question, response: str) -> Case:
 @torch.no_grad()
 def measure_reliance(student: Student, groups: list[list[Member]]) -> None:
     """Measure what each repair owes to its patch: the mean over the tokens of τ* of
-    log p(τ* | x) − log p(τ* | x, c), which is below 0 where the patch made τ* likelier. Takes one
-    forward; the caller autocasts."""
+    log p(τ* | x) − log p(τ* | x, c), which is below 0 if the patch made τ* likelier. Costs one
+    forward pass, under the caller's autocast."""
     repaired = [member for member in flat(groups) if member.repaired is not None]
-    scored = repaired or flat(groups)[:1]  # where sharded, every rank must make the call
+    scored = repaired or flat(groups)[:1]  # if sharded, every rank must make the call
     prompts, under_x = {}, []
     for number, member in enumerate(scored):
         prompts[number] = member.question.prompt
@@ -359,8 +338,30 @@ def measure_reliance(student: Student, groups: list[list[Member]]) -> None:
 
 
 # --- the prompt, and the patch in it ---
+PROMPT = """{question}
+{options}
+Reason first, between <think> and </think>, and cite the moments of the video, in seconds, that \
+your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
+
+
+@dataclass
+class View:
+    """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
+    num_frames: Annotated[int, "frames of the video that the student sees"] = 16
+    frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
+    picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
+    patch_pictures: Annotated[bool, "False: the paper's 'no visual context'"] = True
+    max_prompt_length: Annotated[int, "tokens; a longer prompt is an error, never cut"] = 16384
+    decode_patience: Annotated[float, "seconds of work that a clip may take to read (ours)"] = (
+        PATIENCE
+    )
+
+
 def open_question(student: Student, sample: Sample) -> Question:
-    """What the student sees of a sample. Raises ValueError: a broken video, too long a prompt."""
+    """Open a sample's video and build its prompt. Raises ValueError if the video is broken or the
+    prompt too long."""
     view = student.view
     video = Video(sample.path, patience=view.decode_patience)
     indices = video.uniform(view.num_frames)
@@ -378,7 +379,7 @@ def user_turn(text: str, evidence: list[dict]) -> list[dict]:
 
 
 def question_text(view: View, sample: Sample) -> str:
-    """The view's prompt with the question, its options and what the answer is to be like."""
+    """Fill in the view's prompt: the question, its options, and the form the answer should take."""
     values = {
         "question": sample.question,
         "options": "\n".join(sample.options),
@@ -409,20 +410,22 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
     if patch.spans:
         moments = [moment_text(patch, video, spacing, *span) for span in patch.spans]
         lines.append("Moments:" + ",".join(moments))
+
     for frame, box, what in patch.regions:
         place = moment_text(patch, video, spacing, frame, frame)
         if corners:
             place += " " + " ".join(f"{v:.2f}" for v in box)
         lines.append(f"Region{place}: {what}".removesuffix(": "))
+
     if patch.guidance:
         lines.append(f"Guidance: {patch.guidance}")
     return "\n".join(lines)
 
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
-    """The time of frames `first` to `last`, after a space, as Qwen3-VL writes times: a range
-    if longer than the student's frame spacing, else one time. Empty if the question asks for a
-    time, as `show_times` is then False and the patch has no spans."""
+    """A space and the time of frames `first` to `last`, as Qwen3-VL writes times: a range if longer
+    than the student's frame spacing, else one time. Empty if the patch withholds times, as the
+    question asks for one."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
@@ -459,6 +462,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
     if patch is not None:
         evidence = render_patch(patch, video, question.spacing, view.patch_pictures)
     pictures = [fit(part["image"], view.picture_pixels) for part in evidence if "image" in part]
+
     # Processors compute a frame's time as index / fps. Real times may differ: give time · fps.
     nominal_indices = [video.seconds(index) * video.fps for index in question.indices]
     duration = len(video) / video.fps
@@ -472,6 +476,7 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
         do_sample_frames=False,
         return_tensors="pt",
     )
+
     length = inputs["input_ids"].shape[1]
     if length > view.max_prompt_length:
         raise ValueError(
@@ -482,7 +487,8 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
 
 
 def stand_in(student: Student, question: Question) -> dict:
-    """A small patched prompt that every rank adds where sharded, so that all make equal calls."""
+    """A small patched prompt. If parameters are sharded every rank adds one, so that all make the
+    same calls."""
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
@@ -507,10 +513,12 @@ def repair_sections(member: Member, kappa: float, lam: float) -> list[tuple]:
     with_pictures = "pixel_values" in repaired.prompt
     evidence = patch_text(patch, question.video, question.spacing, corners=not with_pictures)
     pictures = patch_pictures(patch, question.video, question.spacing) if with_pictures else []
+
     reward = f"R {second_score.accuracy:.2f} + R_fmt {second_score.format:.2f} - kappa {kappa:.2f}"
     if lam * second_score.correct * member.align:
         reward += f" + lambda {lam:.2f} x align {member.align:.2f}"
     verdict = "right" if second_score.correct else "wrong"
+
     return [
         (f"Question ({sample.problem_type})", problem, []),
         ("The student sees", "", [*zip(times, question.frames)]),
@@ -548,6 +556,15 @@ def draw_page(sections: list[tuple]) -> Image.Image:
 
 # --- `python ffr.py VIDEO`: why did my model get this video wrong? ---
 @dataclass
+class Method:
+    """The round. Defaults are FFR's Table 8 unless marked (ours)."""
+
+    num_rollouts: Annotated[int, "G, rollouts per question"] = 8
+    kappa: Annotated[float, "κ, the patch tax on a repaired rollout's reward"] = 0.3
+    lam: Annotated[float, "λ, weight of alignment; 0 is the paper's equation (ours)"] = 0.0
+
+
+@dataclass
 class Query:
     """The question that is answered wrong."""
 
@@ -562,16 +579,18 @@ class Query:
 
 def settings_parser(classes: list, tiny: dict = {}, **options) -> HfArgumentParser:
     """A parser for settings dataclasses. Each becomes a group of --help, titled with the first
-    sentence of its docstring. A field's help is its annotation, its default, and that in `tiny`."""
+    sentence of its docstring. A field's help text is its annotation, then in brackets its default
+    and its default in tiny mode."""
     for settings_class in classes:
         settings_class._argument_group_name = settings_class.__doc__.partition(".")[0]
         hints = get_type_hints(settings_class, include_extras=True)
         for setting in fields(settings_class):
-            (text,) = hints[setting.name].__metadata__
+            (help_text,) = hints[setting.name].__metadata__
             if setting.default not in ("", PROMPT, MISSING):
-                other = f"; tiny mode {tiny[setting.name]}" if setting.name in tiny else ""
-                text += f" [{setting.default}{other}]"
-            setting.metadata = {"help": text}
+                in_tiny_mode = f"; tiny mode {tiny[setting.name]}" if setting.name in tiny else ""
+                help_text += f" [{setting.default}{in_tiny_mode}]"
+            setting.metadata = {"help": help_text}
+
     return HfArgumentParser(
         classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **options
     )
@@ -603,9 +622,15 @@ def explain(arguments: list[str]) -> None:
     fixed = sum(member.repaired.score.correct for member in repairs)
     print(f"{right} of {len(group)} right at first ({question.sample.problem_type}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
-    unhelped = [member for member in group if member.error is not None]
-    for words in dict.fromkeys(f"{c.unaided.text}\n  No patch ({c.error})" for c in unhelped):
+
+    unhelped = [
+        f"{member.unaided.text}\n  No patch ({member.error})"
+        for member in group
+        if member.error is not None
+    ]
+    for words in dict.fromkeys(unhelped):
         print(words)
+
     if repairs:
         file = Path(config.out, "why.png")
         print(draw_repair(repairs[0], config.kappa, config.lam, file))
@@ -630,14 +655,17 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
     return config
 
 
-def checks_of_round(c) -> list[tuple]:
+def checks_of_round(config) -> list[tuple]:
     """(is it refused, why) for each rule on the settings of a round, a student and a teacher."""
+    kappa, lam = config.kappa, config.lam
+    nameless = config.teacher != "scripted" and not config.teacher_model
+    nowhere = config.teacher == "remote" and not config.teacher_url + config.teacher_cache
     return [
-        (c.lam >= c.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
-        (c.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
-        (not 0 < c.top_p <= 1, "--top_p must be in (0, 1]"),
-        (c.teacher != "scripted" and not c.teacher_model, "this --teacher needs --teacher_model"),
-        (c.teacher == "remote" and not c.teacher_url + c.teacher_cache, "give --teacher_url"),
+        (lam >= kappa > 0, "--lam must be below --kappa: help must not outrank none"),
+        (config.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
+        (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
+        (nameless, "this --teacher needs --teacher_model"),
+        (nowhere, "give --teacher_url"),
     ]
 
 
@@ -651,8 +679,15 @@ def load_student(config) -> Student:
 
 
 def sample_of(config) -> Sample:
-    kind = config.problem_type or ("multiple choice" if config.options else "free-form")
-    return Sample("video", config.question, config.options, config.answer, kind, config.video)
+    guess = "multiple choice" if config.options else "free-form"
+    return Sample(
+        id="video",
+        question=config.question,
+        options=config.options,
+        answer=config.answer,
+        problem_type=config.problem_type or guess,
+        path=config.video,
+    )
 
 
 if __name__ == "__main__":

@@ -66,66 +66,10 @@ class Objective:
     row_tokens: Annotated[int, "the most in a row that a group's rollouts share (ours)"] = 8192
 
 
-# --- a policy and its tokens, from a checkpoint ---
-GREETING = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-
-
-def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
-    """Load a video VLM and its processor from a folder or the hub. Weights are fp32, as bf16 would
-    round updates of 5e-6 away. Raises ValueError where the model cannot be trained."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attention or None,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        opening = processor.apply_chat_template(
-            GREETING, tokenize=False, add_generation_prompt=True
-        )
-        vision = model.get_encoder("video")
-        vision.requires_grad_(not freeze_vision)
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
-
-    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    for refused, why in [
-        (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
-        (not hasattr(processor, "video_processor"), "no video processor; save one there"),
-        (opening.rstrip().endswith("<think>"), "its chat template opens <think> itself"),
-        (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
-    ]:
-        if refused:
-            raise ValueError(f"{name}: {why}")
-    if hasattr(processor.image_processor, "crop_to_patches"):
-        # InternVL's default adds a dozen enlarged crops to each picture, whatever its size.
-        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
-    return model, processor
-
-
-def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
-    """The settings with a checkpoint's ids: every EOS ends, vision and padding are suppressed."""
-    tokenizer, eos = processor.tokenizer, model.generation_config.eos_token_id
-    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
-    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
-    never = (never | {pad_id}) - ends - {None}
-    return Sampling(
-        settings.temperature,
-        settings.top_p,
-        settings.max_completion_length,
-        eos_ids=tuple(ends),
-        pad_id=pad_id,
-        suppressed_ids=tuple(sorted(never)),
-    )
-
-
 # --- sampling ---
 class Completion(NamedTuple):
+    """An answer as it was sampled."""
+
     ids: Tensor  # (T,) with the EOS, if one was sampled
     logps: Tensor  # (T,) log π of each token
     entropy: Tensor  # (T,) of π before each token
@@ -164,39 +108,56 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
     """
     model.eval()
     batch = left_pad(prompts, sampling.pad_id)
-    device, max_length = batch["input_ids"].device, sampling.max_completion_length
-    prompt_of = [number for number, its_seeds in enumerate(seeds) for _ in its_seeds]
-    prompt_of = torch.tensor(prompt_of, device=device)  # (B,) the prompt of each completion
-    sources = [torch.Generator().manual_seed(seed) for its_seeds in seeds for seed in its_seeds]
-    uniforms = [torch.rand(max_length, 1, generator=source) for source in sources]
+    device = batch["input_ids"].device
+    max_length = sampling.max_completion_length
     eos_ids = torch.tensor(sampling.eos_ids, device=device)
+
+    # B completions: the number of each one's prompt, and random numbers of its own.
+    numbers = [number for number, its_seeds in enumerate(seeds) for _ in its_seeds]
+    prompt_of = torch.tensor(numbers, device=device)  # (B,)
+    uniforms = uniform_numbers(seeds, max_length).to(device)
 
     sampled = []
     with gathered_once(model) as any_rank:
+        # Read each prompt once; then copy its row of the cache for each of its completions.
         out = model(**batch, cache=OneDtypeCache(config=model.config), logits_to_keep=1)
-        out.cache.reorder_cache(prompt_of)  # a prompt's row, again for each of its completions
+        out.cache.reorder_cache(prompt_of)
         logits = out.logits[prompt_of, -1]  # (B, V)
         attention_mask = batch["attention_mask"][prompt_of]
         position_ids = batch["position_ids"][..., prompt_of, -1:]  # (B, 1), or (3, B, 1)
+
+        # Sample a token of each completion at a time, until all have an EOS.
         running, lengths = torch.ones_like(prompt_of), torch.zeros_like(prompt_of)
-        for uniform in torch.stack(uniforms, 1).to(device):  # (B, 1)
-            sampled.append(sample_token(logits, uniform, sampling))
-            token = sampled[-1][0]  # (B, 1)
+        for uniform in uniforms:  # (B, 1)
+            token, token_logps, token_entropy = sample_token(logits, uniform, sampling)  # (B, 1)
+            sampled.append((token, token_logps, token_entropy))
             lengths += running
             running *= ~torch.isin(token[:, 0], eos_ids)
             if len(sampled) == max_length or not any_rank(running):
                 break
             attention_mask = pad(attention_mask, (0, 1), value=1)
             position_ids = position_ids + 1
-            where = {"attention_mask": attention_mask, "position_ids": position_ids}
-            logits = model(input_ids=token, cache=out.cache, **where).logits[:, -1]
+            logits = model(
+                input_ids=token,
+                cache=out.cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+            ).logits[:, -1]
 
+    # Cut each completion off behind its EOS, and hand it to its prompt.
     ids, logps, entropy = (torch.cat(values, 1) for values in zip(*sampled))  # each (B, T)
     completions = [[] for _ in prompts]
     for k, (n, still_running) in enumerate(zip(lengths.tolist(), running.tolist())):
         own = ids[k, :n], logps[k, :n], entropy[k, :n]
         completions[prompt_of[k]].append(Completion(*own, finished=not still_running))
     return completions
+
+
+def uniform_numbers(seeds: list[list[int]], length: int) -> Tensor:
+    """`length` random numbers in [0, 1) for each of B seeds: (length, B, 1)."""
+    generators = [torch.Generator().manual_seed(seed) for its_seeds in seeds for seed in its_seeds]
+    numbers = [torch.rand(length, 1, generator=generator) for generator in generators]
+    return torch.stack(numbers, 1)
 
 
 # --- scoring, advantages, objective ---
@@ -219,7 +180,8 @@ def group_advantages(rewards: Tensor, scale="group", batch_std: Tensor | None = 
     "group" (FFR, GRPO), of the "batch" (`batch_std`, of all rollouts of the step), or "none", which
     divides by nothing (Dr. GRPO)."""
     centred = rewards - rewards.mean(1, keepdim=True)
-    centred = centred * (rewards.amax(1, True) > rewards.amin(1, True))  # exactly 0 where all equal
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    centred = centred.masked_fill(all_equal, 0.0)  # exactly, although the mean is rounded
     if scale == "none":
         return centred
     std = rewards.std(1, keepdim=True) if scale == "group" else batch_std
@@ -243,40 +205,43 @@ def grpo_loss(
     e^d − d − 1, d = log π_ref − log π_θ (whose gradient is that of KL(π_ref ‖ π_θ)).
     """
     ratio = (logps - old_logps).exp()  # r_t
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # CLIP
+    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon)
+    advantages = advantages[:, None]  # A_i, the same for each of its tokens
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     if beta > 0:
         d = ref_logps - logps
-        objective = objective - beta * (d.exp() - d - 1)
-    return -(objective * mask).sum() / max(total_tokens, 1)
+        surrogate = surrogate - beta * (d.exp() - d - 1)
+    return -(surrogate * mask).sum() / max(total_tokens, 1)
 
 
 # --- the update ---
 class Episode(NamedTuple):
     """A completion to train on. `question` and `prompt` are keys of `Batch.prompts`."""
 
-    question: int  # its group's plain prompt, with which longer ones have their video in common
+    question: int  # its group's plain prompt, whose video every longer prompt of the group shares
     prompt: int  # the prompt that it answers: that one, or a longer one
     ids: Tensor
     sampled_logps: Tensor | None = None  # as it was sampled; `update` measures the gap
     advantage: float = 0.0
-    weight: float = 1.0  # 0: takes part in the calls but trains nothing
+    weight: float = 1.0  # 0: is scored, but trains nothing
 
 
 class Batch(NamedTuple):
+    """What an update trains on: the episodes of one step on this rank."""
+
     prompts: dict[int, dict]  # the distinct ones, by number
     episodes: list[Episode]
     total_tokens: float  # Σ|τ̂_i|, of those with weight 1, on all ranks
-    stand_in: dict | None = None  # where sharded: a prompt of every modality, in each forward
+    stand_in: dict | None = None  # if sharded: a prompt of every modality, for each forward
 
 
 def update(accelerator, model, optimizer, batch, sampling, objective, reference=None) -> dict:
     """Take `num_updates` optimizer steps on a `Batch`.
 
-    `model` and `optimizer` are the accelerator's; `reference` is unwrapped, and needed where β > 0.
-    Returns, of the last step, `grad_norm` and this rank's parts, which add up over ranks, of the
-    `loss` and of the token means `kl` and `clipped`. Also `logp_gap`, from before the first step:
-    the largest difference between a log-prob as it was sampled and as it is scored here.
+    `model` and `optimizer` are the accelerator's; `reference` is unwrapped, and needed if β > 0.
+    Returns figures of the last optimizer step: `grad_norm`, and this rank's shares of `loss`, `kl`
+    and `clipped`, to be summed over ranks. `logp_gap`, from before the first step, is the largest
+    difference between a log-prob as sampled and as scored here.
     """
     prompts, micro_batches = to_micro_batches(batch, objective)
 
@@ -284,67 +249,142 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
         with accelerator.autocast():
             return batched_logps(policy, prompts, episodes, sampling, objective.row_tokens)
 
-    old_logps, ref_logps = [], [None] * len(micro_batches)
+    constants = {
+        "total_tokens": batch.total_tokens,
+        "epsilon": objective.epsilon,
+        "beta": objective.beta,
+    }
+    ref_logps = [None] * len(micro_batches)
     if reference is not None:  # a frozen copy; with LoRA the policy without its adapters
         with torch.no_grad(), getattr(reference, "disable_adapter", nullcontext)():
             ref_logps = [logps_and_mask(reference, episodes)[0] for episodes in micro_batches]
 
+    old_logps = []
     for iteration in range(objective.num_updates):
-        figures = Counter()  # whose `update` adds
+        figures = Counter()
         for k, episodes in enumerate(micro_batches):
             logps, mask = logps_and_mask(model, episodes)  # each (B, T)
             if iteration == 0:
                 old_logps.append(logps.detach())  # π_old is π_θ before the first update
+
             advantages = logps.new_tensor([episode.advantage for episode in episodes])
-            tokens, epsilon, beta = batch.total_tokens, objective.epsilon, objective.beta
-            loss = grpo_loss(
-                logps, old_logps[k], ref_logps[k], advantages, mask, tokens, epsilon, beta
-            )
+            loss = grpo_loss(logps, old_logps[k], ref_logps[k], advantages, mask, **constants)
             # The ranks' losses are to be summed, but DDP averages gradients: undo that.
             accelerator.backward(loss * accelerator.num_processes)
-            figures.update(measure(logps, old_logps[k], ref_logps[k], mask, tokens, epsilon))
-            figures.update(loss=loss.item())
+
+            figures["loss"] += loss.item()
+            per_token = token_figures(logps.detach(), old_logps[k], ref_logps[k], objective.epsilon)
+            for name, values in per_token.items():
+                figures[name] += ((values * mask).sum() / max(batch.total_tokens, 1)).item()
+
         norm = accelerator.clip_grad_norm_(model.parameters(), objective.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+
     gap = max(map(sampling_gap, micro_batches, old_logps))
     return dict(figures) | {"grad_norm": float(norm), "logp_gap": gap}
 
 
 def to_micro_batches(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
     """The prompts, and the episodes in micro-batches of `rollouts_at_once`, whose gradients add up.
-    Episodes of one question and prompt stand together, so that they can share a row."""
-    episodes = batch.episodes
-    if objective.beta == 0:
-        # Without KL, A_i = 0 means no gradient. Every rank drops the same number of such episodes,
-        # so that all make equally many calls, and keeps at least one.
-        idle = sum(episode.advantage == 0 for episode in episodes)
-        kept = max(1, len(episodes) - min(gather_object([idle])))
-        episodes = sorted(episodes, key=lambda episode: episode.advantage == 0)[:kept]
+    Episodes of one question and prompt stand together, so that they can share a row. Without KL,
+    those without a gradient are dropped."""
+    episodes = drop_idle(batch.episodes) if objective.beta == 0 else batch.episodes
     episodes = sorted(episodes, key=attrgetter("question", "prompt"))
     size = objective.rollouts_at_once or len(episodes)
     micro_batches = [episodes[start : start + size] for start in range(0, len(episodes), size)]
+
     if batch.stand_in is None:
         return batch.prompts, micro_batches
     extra = Episode(-1, -1, episodes[0].ids[:1], weight=0.0)
     return {**batch.prompts, -1: batch.stand_in}, [[*part, extra] for part in micro_batches]
 
 
-def measure(logps, old_logps, ref_logps, mask, total_tokens, epsilon) -> dict:
-    """This micro-batch's part of two token means: KL (k3), and whether r_t is outside 1 ± ε."""
-    d = torch.zeros_like(old_logps) if ref_logps is None else ref_logps - logps.detach()
-    outside = ((logps.detach() - old_logps).exp() - 1).abs() > epsilon
-    values = {"kl": d.exp() - d - 1, "clipped": outside}
-    return {name: ((x * mask).sum() / max(total_tokens, 1)).item() for name, x in values.items()}
+def drop_idle(episodes: list[Episode]) -> list[Episode]:
+    """Leave out episodes with A_i = 0, whose gradient is 0 without KL. Every rank leaves out the
+    same number, so that all make equally many calls, and keeps at least one."""
+    idle = sum(episode.advantage == 0 for episode in episodes)
+    kept = max(1, len(episodes) - min(gather_object([idle])))
+    return sorted(episodes, key=lambda episode: episode.advantage == 0)[:kept]
+
+
+def token_figures(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, epsilon) -> dict:
+    """What is logged as a mean over tokens, each (B, T): KL (k3), and whether r_t leaves 1 ± ε."""
+    d = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps
+    ratio = (logps - old_logps).exp()
+    return {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
 
 
 def sampling_gap(episodes: list[Episode], logps: Tensor) -> float:
+    """The largest difference between a log-prob as it was sampled and as it is scored."""
     gaps = [0.0]
     for episode, scored in zip(episodes, logps):
         if episode.sampled_logps is not None:
             gap = episode.sampled_logps - scored[: len(episode.ids)]
             gaps.append(episode.weight * gap.abs().max().item())
     return max(gaps)
+
+
+# --- a policy and its tokens, from a checkpoint ---
+GREETING = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+
+
+def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
+    """Load a video VLM and its processor from a folder or the hub. Weights are fp32, as bf16 would
+    round updates of 5e-6 away. Raises ValueError if the model cannot be trained."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=attention or None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        opening = processor.apply_chat_template(
+            GREETING, tokenize=False, add_generation_prompt=True
+        )
+        vision = model.get_encoder("video")
+        vision.requires_grad_(not freeze_vision)
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
+
+    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    for refused, why in [
+        (lost, f"weights are missing or of another shape there and would be random: {lost[:3]}"),
+        (not hasattr(processor, "video_processor"), "no video processor; save one there"),
+        (opening.rstrip().endswith("<think>"), "its chat template opens <think> itself"),
+        (freeze_vision and vision is model, "no vision tower is found; train without freezing"),
+    ]:
+        if refused:
+            raise ValueError(f"{name}: {why}")
+
+    if hasattr(processor.image_processor, "crop_to_patches"):
+        # InternVL's default adds a dozen enlarged crops to each picture, whatever its size.
+        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+    return model, processor
+
+
+def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
+    """The settings with a checkpoint's ids: every EOS ends, vision and padding are suppressed."""
+    tokenizer = processor.tokenizer
+    eos = model.generation_config.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    names = [f"{part}_token_id" for part in ("image", "video", "vision_start", "vision_end")]
+    never = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
+    never = (never | {pad_id}) - ends - {None}
+
+    return Sampling(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_completion_length=settings.max_completion_length,
+        eos_ids=tuple(ends),
+        pad_id=pad_id,
+        suppressed_ids=tuple(sorted(never)),
+    )
 
 
 # --- prompts as tensors ---
@@ -494,15 +534,19 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
     up to its last vision token at least, and to have their own pixels behind the question's."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
     root_number = episodes[0].prompt if alike else episodes[0].question
-    row, root = Row(), prompts[root_number]
+    root = prompts[root_number]
+
+    row = Row()
     paths = {root_number: row.add(slice_prompt(root, 0, -1, {}), above=torch.arange(0))}
     for episode in episodes:
-        prompt, length = prompts[episode.prompt], len(episode.ids)
+        prompt = prompts[episode.prompt]
         if episode.prompt not in paths:
             tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
             common = len(os.path.commonprefix(tokens))  # it takes any sequences
             added = slice_prompt(prompt, common, -1, after_pixels_of=root)
             paths[episode.prompt] = row.add(added, above=paths[root_number][:common])
+
+        length = len(episode.ids)
         whole = extend(prompt, episode.ids[:-1])
         leaf = slice_prompt(whole, -length, None, after_pixels_of=prompt)
         path = row.add(leaf, above=paths[episode.prompt])
@@ -512,12 +556,13 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
 
 def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) -> list[Row]:
     """One row for each group, if it has at most `row_tokens` columns (the mask has their square);
-    else one for each prompt, or for each episode. Rows are shared only where every layer attends
-    to all tokens and takes any mask."""
+    else one for each prompt, or for each episode. Rows are shared only if every layer attends to
+    all tokens and takes any mask."""
     text = getattr(model, "module", model).config.get_text_config()
     layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
     if text._attn_implementation != "sdpa" or len(layers) > 1:
         row_tokens = 0  # too few for any group: each episode gets a row of its own
+
     rows = []
     for _, group in groupby(episodes, attrgetter("question")):
         group = list(group)
@@ -534,11 +579,13 @@ def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
     """Stack rows into a batch of inputs (R, N). Also returns which tokens are of leaves, (R, N)."""
     batch = left_pad([join(row.segments, -1) for row in rows], pad_id)
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
+
     leaf = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     for k, row in enumerate(rows):
         leaf[k, torch.cat(row.leaves) + length - row.length] = True
     if all(len(row.leaves) == 1 for row in rows):
         return batch, leaf  # plain causal attention, by any kernel
+
     sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)
     for k, row in enumerate(rows):
         for path in row.paths:
@@ -555,11 +602,14 @@ def batched_logps(
     holds the episode's weight."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
+
     batch, leaf = stack_rows(plan_rows(model, prompts, episodes, row_tokens), sampling.pad_id)
     logits = model(**batch, logits_to_keep=leaf, use_cache=False).logits  # (Σ T, V)
+
     # In the order of `episodes`. Chunks are computed again in backward, as fp32 logits are large.
-    chunks = zip(logits.split(1024), torch.cat([e.ids for e in episodes]).split(1024))
-    flat = [checkpoint(chosen_logps, *chunk, sampling, use_reentrant=False) for chunk in chunks]
-    logps = torch.cat(flat).split([len(episode.ids) for episode in episodes])
+    ids = torch.cat([episode.ids for episode in episodes])  # (Σ T,)
+    chunks = zip(logits.split(1024), ids.split(1024))
+    parts = [checkpoint(chosen_logps, *chunk, sampling, use_reentrant=False) for chunk in chunks]
+    logps = torch.cat(parts).split([len(episode.ids) for episode in episodes])
     mask = [torch.full_like(own, episode.weight) for own, episode in zip(logps, episodes)]
     return pad_sequence(logps, batch_first=True), pad_sequence(mask, batch_first=True)

@@ -1,14 +1,15 @@
 """The rewards of FFR and its leak gate: everything that rules can judge, without a model.
 
-    R      accuracy reward, graded where the problem type is     `accuracy_reward`
-    z      1 where rules accept the answer (thresholds ours)     `verify`
-    R_fmt  1 where the response has the asked-for form           `format_reward`
-    align  does the rationale cite the patch's moments (ours)    `alignment`
     R̃      the Robust Improvement Reward                         `robust_improvement_reward`
-    leak   do a teacher's words give y away (ours)               `leak`, `asks_for`, `gate`
+    R_fmt  1 if the response has the required form               `format_reward`
+    align  does the rationale cite the patch's moments? (ours)   `alignment`
+    R      accuracy reward, graded for some problem types        `accuracy_reward`
+    z      1 if the rules accept the answer (thresholds ours)    `verify`
+    leak   do a teacher's words give y away? (ours)              `leak`, `asks_for`, `gate`
 
 The leak gate and the accuracy of an evaluation stand last. Sources: FFR eq. R̃ and app. D.3 (reward
-by problem type, as in Video-R1). The file needs the standard library alone and no sibling."""
+by problem type, as in Video-R1). The file needs the standard library alone and no sibling.
+"""
 
 import math
 import re
@@ -17,23 +18,25 @@ from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
-# What the student is told to answer with, for each problem type.
-SUFFIXES = {
-    "multiple choice": "The answer is the letter of one option.",
-    "numerical": "The answer is one number.",
-    "regression": "The answer is one number.",
-    "OCR": "The answer is the text as it is written in the video.",
-    "free-form": "The answer is a short phrase.",
-    "exact": "The answer is exactly the words that are asked for.",
-}
 
-
+# --- the reward R̃, and its terms ---
 class Score(NamedTuple):
     """What a response earned before any tax: R(τ), R_fmt(τ) and z."""
 
     accuracy: float
     format: float
     correct: bool
+
+
+def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa, lam) -> float:
+    """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
+
+    FFR eq. R̃; the λ term is ours. If `repaired` is None no patch was given, and the failed τ keeps
+    its own reward, untaxed.
+    """
+    if first.correct or repaired is None:
+        return first.accuracy + first.format
+    return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align
 
 
 def score(response: str, answer: str, problem_type: str) -> Score:
@@ -58,6 +61,54 @@ def format_reward(response: str) -> float:
     return float(re.fullmatch(shape, response, re.DOTALL) is not None)
 
 
+def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
+    """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
+
+    Ours. All in seconds; `tolerance` is half the student's frame spacing. Precision is the mean
+    over the cited moments of the share of each that lies in its best span, so citing the whole clip
+    does not win. Recall is the share of spans that are cited.
+    """
+    rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
+    moments = cited_moments(rationale[1]) if rationale else []
+
+    covered = [[covered_share(moment, span, tolerance) for span in spans] for moment in moments]
+    precision = sum(max(row, default=0.0) for row in covered) / max(len(moments), 1)
+    recall = sum(max(column) > 0 for column in zip(*covered)) / max(len(spans), 1)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def covered_share(moment: tuple, span: tuple, tolerance: float) -> float:
+    """The share of a cited moment, a point or an interval, that lies in a span ± `tolerance`."""
+    start, end = moment
+    overlap = min(end, span[1] + tolerance) - max(start, span[0] - tolerance)
+    if start == end:
+        return float(overlap >= 0)
+    return max(0.0, overlap / (end - start))
+
+
+def cited_moments(rationale: str) -> list[tuple[float, float]]:
+    """Moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07', '3-5 s',
+    '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
+    number, unit = r"(?<!\d)(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
+    pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
+    found = re.findall(pattern, rationale)
+    pairs = [(float(single or start), float(single or end)) for start, end, single in found]
+    clock = [int(m) * 60.0 + int(s) for m, s in re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale)]
+    return [(min(pair), max(pair)) for pair in [*pairs, *zip(clock, clock)]]
+
+
+# --- R and z, by problem type ---
+# What the student is told to answer with, for each problem type.
+SUFFIXES = {
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is one number.",
+    "regression": "The answer is one number.",
+    "OCR": "The answer is the text as it is written in the video.",
+    "free-form": "The answer is a short phrase.",
+    "exact": "The answer is exactly the words that are asked for.",
+}
+
+
 def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
     """R in [0, 1] by problem type, 0 for an empty answer. Raises ValueError for an unknown type."""
     rewards = {
@@ -70,7 +121,7 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
     }
     if problem_type not in rewards:
         raise ValueError(f"unknown problem_type '{problem_type}'")
-    if not plain(given):
+    if not normalize(given):
         return 0.0
     return float(rewards[problem_type](given, answer))
 
@@ -99,14 +150,14 @@ def reference_problem(answer: str, problem_type: str, options: list[str]) -> str
 
 
 def multiple_choice_reward(given: str, answer: str) -> bool:
-    """1 if both choose the same letter."""
+    """Do both choose the same letter?"""
     letter = find_letter(given)
     return letter is not None and letter == find_letter(answer)
 
 
 def numerical_reward(given: str, answer: str) -> bool:
-    """1 if the numbers agree to 1e-9, relative, or when both are rounded to as many decimals as the
-    reference has, at least two: for 3, 3.001 is right, 3.01 wrong; for 0.004, 0.001 is wrong."""
+    """Do the numbers agree to 1e-9, relative, or when both are rounded to as many decimals as the
+    reference has, at least two? For 3, 3.001 is right, 3.01 wrong; for 0.004, 0.001 is wrong."""
     x, _ = find_number(given)
     y, decimals = find_number(answer)
     decimals = max(2, decimals)
@@ -134,17 +185,18 @@ def free_form_reward(given: str, answer: str) -> float:
 
 
 def exact_reward(given: str, answer: str) -> bool:
-    """1 if the same words stand in the same order."""
+    """Do the same words stand in the same order?"""
     return split_words(given) == split_words(answer)
 
 
+# --- reading letters, numbers and words ---
 # How typographic signs are read. Characters without width are dropped.
 SIGNS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "‒": "-", "⁻": "-", "’": "'"}
 SIGNS |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"}
 SIGNS |= dict.fromkeys("\u200b\u200d\u200e\u200f\u00ad\ufeff")
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     r"""Normalize what can be written in many ways: full-width letters, signs, '10²', '\text{B}'."""
     text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)
     text = unicodedata.normalize("NFKC", text.translate(str.maketrans(SIGNS)))
@@ -167,7 +219,7 @@ ANOTHER = rf"(?i){BETWEEN}{LETTER}(?!\.\w)"
 def find_letter(text: str) -> str | None:
     """Return the one letter chosen: 'b', '(B)', 'B. a cat', 'Answer: **B**'; 'A or B' chooses none.
     After a labelled letter only another labelled one counts: 'D. A and B' is D."""
-    text = re.split(r"(?i)\banswer(?: is|:)", plain(text))[-1]
+    text = re.split(r"(?i)\banswer(?: is|:)", normalize(text))[-1]
     choice = re.match(CHOICE, text)
     if choice is None:
         return None
@@ -212,7 +264,7 @@ NUMBER = r"[-+]?(?:\d+ (?=\d+/\d))?(?:(?<![\w.])\.)?\d(?:[\d.:/]{0,400}\d)?(?:e[
 def find_number(text: str) -> tuple[float, int]:
     """Return the one number in a text and how many decimals it has; nan for none or for several.
     '1,200 m' → (1200.0, 0), 'about 2.50' → (2.5, 2), and in seconds '1:30' → (90.0, 0)."""
-    text = plain(text).casefold()
+    text = normalize(text).casefold()
     text = re.sub(rf"\b(?:({TENS})[ -])?({NAMES})( dozen)?\b", name_to_digits, text)
     for pattern, replacement in NUMBER_REWRITES:
         text = re.sub(pattern, replacement, text)
@@ -248,7 +300,7 @@ MAX_WORDS = 200  # the rest counts as one word, as the time of an edit distance 
 def split_words(text: str) -> list[str]:
     """Split into case-folded words, or characters in a script without spaces. Punctuation at a
     word's edges is dropped, unless the text has nothing else; signs stay: '-5', 'C#', '€'."""
-    text = re.sub(SPACELESS, r" \1 ", plain(text).casefold())
+    text = re.sub(SPACELESS, r" \1 ", normalize(text).casefold())
     tokens = text.split(maxsplit=MAX_WORDS)
     words = [token.strip(EDGES) for token in tokens]
     return [word for word in words if word] or tokens
@@ -286,52 +338,6 @@ def rouge_l(given: str, answer: str) -> float:
     x, y = split_words(given), split_words(answer)
     total = len(x) + len(y)
     return (total - edit_distance(x, y, substitution=2)) / max(total, 1)
-
-
-def cited_moments(rationale: str) -> list[tuple[float, float]]:
-    """Moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07', '3-5 s',
-    '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
-    number, unit = r"(?<!\d)(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
-    pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
-    found = re.findall(pattern, rationale)
-    pairs = [(float(single or start), float(single or end)) for start, end, single in found]
-    clock = [int(m) * 60.0 + int(s) for m, s in re.findall(r"\b(\d{1,3}):([0-5]\d)\b", rationale)]
-    return [(min(pair), max(pair)) for pair in [*pairs, *zip(clock, clock)]]
-
-
-def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
-    """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
-
-    Ours. All in seconds; `tolerance` is half the student's frame spacing. Precision is the mean
-    over the cited moments of the share of each that lies in its best span, so citing the whole clip
-    does not win. Recall is the share of spans that are cited.
-    """
-    rationale = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
-    moments = cited_moments(rationale[1]) if rationale else []
-    covered = [[covered_share(moment, span, tolerance) for span in spans] for moment in moments]
-    precision = sum(max(row, default=0.0) for row in covered) / max(len(moments), 1)
-    recall = sum(max(column) > 0 for column in zip(*covered)) / max(len(spans), 1)
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def covered_share(moment: tuple, span: tuple, tolerance: float) -> float:
-    """The share of a cited moment, a point or an interval, that lies in a span ± `tolerance`."""
-    start, end = moment
-    overlap = min(end, span[1] + tolerance) - max(start, span[0] - tolerance)
-    if start == end:
-        return float(overlap >= 0)
-    return max(0.0, overlap / (end - start))
-
-
-def robust_improvement_reward(first: Score, repaired: Score | None, align, kappa, lam) -> float:
-    """R̃ = z (R(τ) + R_fmt(τ)) + (1 − z) (R(τ*) + R_fmt(τ*) − κ + λ · z* · align(τ*, c)).
-
-    FFR eq. R̃; the λ term is ours. Where `repaired` is None no patch was given, and the failed τ
-    keeps its own reward, untaxed.
-    """
-    if first.correct or repaired is None:
-        return first.accuracy + first.format
-    return repaired.accuracy + repaired.format - kappa + lam * repaired.correct * align
 
 
 # --- the leak gate: do a teacher's words give the answer away? (✗ is refused, ✓ passes) ---
@@ -401,25 +407,41 @@ def word_match(wanted: list[str], said: list[str]) -> float:
 
 def leak(words: str, question: str, options: list[str], answer: str) -> str | None:
     """Why a teacher's words give the answer away ('it ...'), or None if they do not."""
-    asked = {"answer", *asks_for(question)} | ({"number"} if re.search(r"\d", answer) else set())
+    # 1. Phrases that tell, by the kind of answer.
+    asked = {"answer"} | asks_for(question)
+    if re.search(r"\d", answer):
+        asked.add("number")
     for kind in sorted(asked & FORBIDDEN.keys()):
         if re.search(FORBIDDEN[kind], words, re.I):
             return f"it tells the {kind}"
+
+    # 2. The letters of some options, but not of all.
     letters = {*re.findall(OPTION_LETTER, words)} - {*re.findall(r"\b[A-H]\b", question)}
     if 0 < len(letters) < len(options):  # ✗ 'B fits'  ✓ 'compare A, B, C and D'
         return "it names an option"
-    initials, spelled = re.sub(r"\B\w|\W", "", words.casefold()), re.sub(r"\W", "", answer)
+
+    # 3. The answer, spelled by the words' first letters.
+    initials = re.sub(r"\B\w|\W", "", words.casefold())
+    spelled = re.sub(r"\W", "", answer)
     if len(spelled) > 3 and spelled.casefold() in initials:  # ✗ 'tango, alpha, xray, india'
         return "it spells the answer"
 
+    # 4. Words that fit the answer.
+    return leak_by_words(words, question, options, answer)
+
+
+def leak_by_words(words: str, question: str, options: list[str], answer: str) -> str | None:
+    """Why the stems of the words give the answer away: they fit the right option better or worse
+    than all others, or hold half of a free answer's words. None if they do not."""
     said = stems(words)
     matches = {label: word_match(stems(text), said) for label, text in zip("ABCDEFGHIJ", options)}
     of_answer = matches.pop(find_letter(answer), None)
-    if of_answer is None:  # no option is the answer: half of its new words are too many
+    if of_answer is None:  # a free answer: half of the words that the question lacks are too many
         new = set(stems(answer)) - set(stems(question))  # ✗ 'look at the books'
         if not stems(answer):  # 'up', 'K'
             new, said = set(split_words(answer)), split_words(words)
         return "it holds the answer's words" if word_match(list(new), said) >= 0.5 else None
+
     others = matches.values()
     # The words fit the right option better or worse than all others: ✗ 'a taxi', 'no bus, no tram,
     # no bicycle'  ✓ 'the bus or the taxi'
@@ -428,8 +450,8 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
 
 
 def withhold(patch, case) -> None:
-    """Take away the evidence that would be the answer itself: the regions where the question asks
-    for a place, the times where it asks for a time. Changes `patch`."""
+    """Take away the evidence that would be the answer itself: the regions if the question asks for
+    a place, the times if it asks for a time. Changes `patch`."""
     asked = asks_for(case.question)
     if "place" in asked:
         patch.regions = []
@@ -458,6 +480,7 @@ def accuracy(rows: list[dict]) -> dict[str, dict]:
     for row in rows:
         for kind in ("type", "source"):
             groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+
     table = {}
     for name, group in groups.items():
         n, z = max(len(group), 1), 1.96

@@ -3,11 +3,11 @@ and returns an evidence patch.
 
     S_i = (x, y, τ_i)   `Case`
     c_i, e_i            `EvidencePatch` and its `error_type`
-    T                   `diagnose`: one `Conversation` a case, between a `Chat` and the tools
+    T                   `diagnose`: one `Conversation` per case, between a `Chat` and the tools
     `Chat`              whoever replies: `remote`, `local`, `scripted`, or a function of your own
 
 A conversation is a list of OpenAI chat messages, with pictures as JPEG in data URLs. Sources: FFR
-§Find, §Fix and app. B; the limits of a patch and the blind test are ours. Imports no sibling."""
+§Find, §Fix and app. B; a patch's limits and the blind test are ours. The file needs no sibling."""
 
 import asyncio
 import base64
@@ -45,26 +45,6 @@ BAD_DATA = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 # Reasoning comes before the reply, and its opening tag may be missing. Calls in it do not count.
 THINKING = r"^.*?(?:</think(?:ing)?>|◁/think▷)|<think>(?:(?!<think>).)*?</think>"
 PICTURES = WeakKeyDictionary()  # by video: the chat parts of its frames, encoded once
-
-
-@dataclass
-class Settings:
-    """The teacher."""
-
-    teacher: Annotated[Literal["scripted", "local", "remote"], "who replies as the teacher"] = (
-        "scripted"
-    )
-    teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""
-    teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
-    teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
-    teacher_batch: Annotated[int, "conversations at a time, local (ours)"] = 8
-    teacher_workers: Annotated[int, "requests at a time per process, remote (ours)"] = 8
-    teacher_max_tokens: Annotated[int, "of a reply (ours)"] = 2048
-    teacher_timeout: Annotated[float, "seconds that a reply may take, remote (ours)"] = 240.0
-    teacher_step_timeout: Annotated[float, "seconds for all diagnoses of a step (ours)"] = 480.0
-    teacher_cache: Annotated[str, "folder of replies; without a url they are replayed (ours)"] = ""
-    teacher_sees_answer: Annotated[bool, "False: the paper's 'no GT reference'"] = True
-    blind_test: Annotated[bool, "a model reads each patch's words without the video (ours)"] = True
 
 
 @dataclass
@@ -118,6 +98,169 @@ class TeacherError(Exception):
 Reply = tuple[str, int] | TeacherError  # the words, and how many tokens they took
 Chat = Callable[[list[list[dict]], float], list[Reply]]  # conversations and seconds → their replies
 Gate = Callable[[EvidencePatch, Case], str | None]  # why a patch tells y; may remove evidence
+
+
+# --- Find and Fix ---
+def diagnose(
+    cases: list[Case],
+    chat: Chat,
+    gate: Gate,
+    show_answer: bool = True,
+    num_frames: int = 16,
+    timeout: float = 480.0,
+    answers_correctly: Callable[[str, Case], bool] | None = None,
+    guessable: dict[tuple, bool] | None = None,
+    usage: Counter | None = None,
+) -> list[EvidencePatch | TeacherError]:
+    """T: a patch for each case, or why there is none, within `timeout` seconds.
+
+    All conversations go on together, a turn at a time, and equal cases share one. `gate` may be
+    reward.py's. If `answers_correctly` (does a reply answer the case?) is given, each patch takes a
+    blind test, unless its question is known to be `guessable`; that dict is filled in here. `usage`
+    counts refusals.
+    """
+    end = time.monotonic() + timeout
+    ask = with_deadline(chat)
+    guessable = {} if guessable is None else guessable
+    if answers_correctly:
+        find_guessable(cases, ask, timeout / 2, answers_correctly, guessable)
+
+    conversations = {}
+    for case in cases:
+        test = None if guessable.get((case.id, case.question)) else answers_correctly
+        conversations[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
+
+    waiting = [each for each in conversations.values() if each.outcome is None]
+    while waiting:
+        # A turn may take half of what is left: a slow reply does not take the others' next turns.
+        seconds = (end - time.monotonic()) / 2
+        replies = ask([each.messages for each in waiting], seconds)
+        for conversation, reply in zip(waiting, replies):
+            conversation.advance(reply)
+        waiting = [each for each in waiting if each.outcome is None]
+
+    if usage is not None:
+        for conversation in conversations.values():
+            usage["refused"] += len(conversation.refusals)
+    return [conversations[repr(case)].outcome for case in cases]
+
+
+def find_guessable(cases, ask: Chat, seconds: float, answers_correctly, guessable: dict) -> None:
+    """Ask each new question without a patch and without the video. If the answer is right anyway, a
+    blind test would blame the patch for a lucky guess."""
+    new = {}
+    for case in cases:
+        if (case.id, case.question) not in guessable:
+            new[case.id, case.question] = case
+
+    replies = ask([blind_messages(case, "") for case in new.values()], seconds)
+    for question, reply in zip(new, replies):
+        if isinstance(reply, tuple):
+            guessable[question] = answers_correctly(without_thoughts(reply[0]), new[question])
+
+
+class Conversation:
+    """The conversation about one case. Send its `messages` to a `Chat` and hand the reply to
+    `advance`, until there is an `outcome`: a patch, or the error that says why there is none.
+
+    A reply that cannot be read, and a patch whose words give y away, are sent back once, with the
+    reason. The second time the former is an error, and the latter loses its words but keeps its
+    frames, times and boxes.
+    """
+
+    def __init__(self, case: Case, gate: Gate, show_answer, num_frames, answers_correctly=None):
+        self.case, self.gate, self.answers_correctly = case, gate, answers_correctly
+        self.outcome: EvidencePatch | TeacherError | None = None
+        self.transcript: list[str] = []  # the tool calls
+        self.refusals: list[str] = []  # the gate's, and the blind test's
+        self.messages: list[dict] = []
+        try:
+            self.messages = first_messages(case, show_answer, num_frames)
+        except Exception as error:  # whatever a decoder raises costs this case alone
+            self.outcome = TeacherError("video", str(error))
+        self.steps = self.converse(self.messages)
+        next(self.steps)
+
+    def advance(self, reply: Reply) -> None:
+        try:
+            self.messages = self.steps.send(reply)
+        except StopIteration as end:
+            self.outcome = end.value
+        except Exception as error:  # of the gate, say
+            self.outcome = TeacherError("raised", f"{type(error).__name__}: {error}")
+
+    def converse(self, messages: list[dict]):
+        """A generator: yields messages, is sent the reply to them, returns the outcome."""
+        problems = Counter()  # by cause
+        without_words = None  # what is left of a refused patch
+        for turn in range(1, MAX_TURNS + 1):
+            reply = yield messages
+            if isinstance(reply, TeacherError):
+                return without_words or reply
+
+            text = without_thoughts(reply[0])
+            calls = read_calls(text)[:MAX_CALLS]
+            if calls:
+                feedback = self.use_tools(calls)
+            else:
+                patch, problem = yield from self.take_patch(text)
+                if problem is None:
+                    return patch
+                problems[problem.cause] += 1
+                without_words = patch or without_words
+                if problems[problem.cause] > 1 or turn == MAX_TURNS:
+                    return without_words or problem
+                request = f"{problem}. Only direct attention; reply again in that form."
+                feedback = [text_part(request)]
+
+            own = {"role": "assistant", "content": [text_part(reply[0])]}
+            messages = [*messages, own, {"role": "user", "content": feedback}]
+        return without_words or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
+
+    def take_patch(self, text: str):
+        """Read a patch and judge it. Returns (patch, None) if it passes, else what is left of it
+        without its words, or None, and the problem."""
+        try:
+            patch = parse_patch(text, self.case.video)
+        except TeacherError as error:  # its traceback would keep the locals of this call
+            return None, TeacherError(error.cause, error.detail)
+
+        reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
+        problem = None
+        if reason:
+            self.refusals.append(reason)
+            problem = TeacherError("leak", reason)
+            regions = [region._replace(what="") for region in patch.regions]
+            patch = replace(patch, guidance="", regions=regions)
+
+        if is_empty(patch):
+            return None, problem or TeacherError("malformed", "nothing of it may be shown")
+        return replace(patch, transcript=self.transcript, refusals=self.refusals), problem
+
+    def use_tools(self, calls: list[tuple[str, str]]) -> list[dict]:
+        parts = []
+        for name, arguments in calls:
+            self.transcript.append(f"{name}({arguments})")
+            try:
+                parts += run_tool(name, arguments, self.case)
+            except Exception as error:
+                parts.append(text_part(f"{name} failed: {error}"))
+                self.transcript[-1] += f" failed: {error}"
+        return parts
+
+    def read_blind(self, patch: EvidencePatch):
+        """The blind test: ask the question with the patch's words, without the video. Returns why
+        they tell too much, or None."""
+        words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
+        if self.answers_correctly and words:
+            guess = yield blind_messages(self.case, words)
+            if isinstance(guess, TeacherError):
+                return f"it could not be read blind ({guess.cause})"
+            if self.answers_correctly(without_thoughts(guess[0]), self.case):
+                return "the question can be answered from the words, without the video"
+
+
+# --- what the teacher is told ---
 SYSTEM = """\
 A student answered a question about a video wrongly. Find the one thing that it missed, and hand
 back the least evidence that lets it see that; it then answers again. Errors are
@@ -150,7 +293,7 @@ Reply <answer>…</answer>, with the letter of an option, one number, or as few 
 
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
-    """The opening messages: the rules, then the case with `num_frames` frames over the clip."""
+    """The opening messages: the rules, then the case with `num_frames` frames of the whole clip."""
     last = len(case.video) - 1
     known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines = [
@@ -163,8 +306,10 @@ def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]
         case.response,
         "Frames of the video:",
     ]
+
     content = [text_part("\n".join(lines))]
-    for index in sorted({round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}):
+    shown = {round(k * last / max(num_frames - 1, 1)) for k in range(num_frames)}
+    for index in sorted(shown):
         content += picture_parts(case.video, index)
     return [system_message(), {"role": "user", "content": content}]
 
@@ -175,7 +320,7 @@ def system_message() -> dict:
 
 
 def blind_messages(case: Case, words: str) -> list[dict]:
-    """The blind test: the question and a patch's `words`, or none, without anything to see."""
+    """The blind test's message: the question and a patch's `words`, if any, but no pictures."""
     said = f"Someone who has seen it says: {words}" if words else ""
     text = BLIND.replace("{words}", said)
     text = text.replace("{question}", "\n".join([case.question, *case.options]))
@@ -183,10 +328,10 @@ def blind_messages(case: Case, words: str) -> list[dict]:
 
 
 def text_part(text: str) -> dict:
-    return {"type": "text", "text": plain(text)}
+    return {"type": "text", "text": without_special_tokens(text)}
 
 
-def plain(text: str) -> str:
+def without_special_tokens(text: str) -> str:
     """Break up what a tokenizer could take for a special token, and replace lone surrogates."""
     return text.encode("utf-8", "replace").decode().replace("<|", "< |")
 
@@ -195,7 +340,8 @@ def picture_parts(video: Sized, index: int, box: tuple | None = None) -> list[di
     """A frame, or a crop of it at native size, as chat parts: its label and its pixels."""
     encoded = PICTURES.setdefault(video, {})
     if (index, box) not in encoded:
-        image, label = video.frame(index), f"frame {index} ({video.seconds(index):.2f} s)"
+        image = video.frame(index)
+        label = f"frame {index} ({video.seconds(index):.2f} s)"
         if box:
             image = image.crop(Region(index, box).corners(image))
             label += ", region " + " ".join(f"{v:.2f}" for v in box)
@@ -244,9 +390,11 @@ TOOLS = {tool.__name__: tool for tool in (get_frame, zoom_region, get_temporal_s
 def signature(name: str) -> str:
     """A tool's arguments as the prompt shows them: all but the case, without annotations."""
     _, *arguments = inspect.signature(TOOLS[name]).parameters.values()
-    return f"({', '.join(str(one.replace(annotation=one.empty)) for one in arguments)})"
+    shown = [str(argument.replace(annotation=argument.empty)) for argument in arguments]
+    return f"({', '.join(shown)})"
 
 
+# --- reading what a teacher writes: forgiving, as models write it in many ways ---
 CALLS = [
     # TOOL_CALL: get_frame(3), **Tool call:** `get_frame(3)`
     r"TOOL[_ -]?CALLS?\W*(?:functions\.)?(\w{1,40})\W{0,3}\(((?:[^()]|\([^()]*\))*)\)",
@@ -274,16 +422,18 @@ def read_calls(text: str) -> list[tuple[str, str]]:
 
 
 def run_tool(name: str, arguments: str, case: Case) -> list[dict]:
-    """Run a tool call on the original video. Its arguments are read as text, never evaluated. Where
+    """Run a tool call on the original video. Its arguments are read as text, never evaluated. If
     their names are not the tool's, the numbers are taken in order. Raises ValueError."""
     if name not in TOOLS:
         raise ValueError(f"there is no tool {name}; the tools are {', '.join(TOOLS)}")
+
     written = re.findall(
         r"(?:[\"']?([A-Za-z]\w*)[\"']?\s*[=:]\s*)?(\"[^\"]*\"|'[^']*'|[^\s,=\[\]{}]+)", arguments
     )
     positional = [value.strip("\"'") for key, value in written if not key]
     named = {key: value.strip("\"'") for key, value in written if key}
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", arguments)
+
     for args, kwargs in ((positional, named), (numbers, {})):
         try:
             bound = inspect.signature(TOOLS[name]).bind(case, *args, **kwargs)
@@ -300,10 +450,9 @@ def frame_number(value, video: Sized) -> int:
     return int(number)
 
 
-# --- reading a patch: forgiving, as models write them in many ways ---
 def parse_patch(text: str, video: Sized) -> EvidencePatch:
     """Read the evidence in a reply; regions and moments that cannot be read are left out. Raises
-    TeacherError("malformed") where nothing can be read."""
+    TeacherError("malformed") if nothing can be read."""
     try:
         reply = read_json(text)
         evidence = reply.get("evidence_patch", reply)
@@ -311,15 +460,19 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
         patch = EvidencePatch("spatial", read_words(evidence.get("content")))
         patch.key_frames = read_frames(evidence.get("key_frames"), video)
         patch.spans = read_spans(evidence.get("temporal_markers"), video)
+
         regions = evidence.get("spatial_regions") or []
         for region in regions if isinstance(regions, list) else [regions]:
             with suppress(Exception):  # a decoder's errors, too
                 patch.regions.append(read_region(region, patch.key_frames, video))
         kind = str((evidence | reply).get("error_classification")).lower()
     except BAD_DATA as error:
-        raise TeacherError("malformed", plain(f"{error} in: {text[-200:]}")) from error
+        raise TeacherError(
+            "malformed", without_special_tokens(f"{error} in: {text[-200:]}")
+        ) from error
     if is_empty(patch):
-        raise TeacherError("malformed", plain(f"an empty patch: {text[-200:]}"))
+        raise TeacherError("malformed", without_special_tokens(f"an empty patch: {text[-200:]}"))
+
     guess = "spatial" if patch.regions else "temporal"  # of a type that is not ours
     patch.error_type = next((known for known in ERROR_TYPES if known in kind), guess)
     return limit_patch(patch, len(video))
@@ -370,10 +523,13 @@ def read_yaml(text: str) -> dict:
 
 def read_words(value, most: int = MAX_WORDS) -> str:
     """At most `most` words, without brackets, which could spell one of the student's tokens."""
-    values = value.values() if isinstance(value, dict) else value
-    text = str(value or "") if isinstance(value, (str, int)) else " ".join(map(str, values or []))
-    text = "" if text in ("null", "None") else text
-    return " ".join(re.sub(r"[<>\[\]]", " ", plain(text[: 15 * most])).split()[:most])
+    if isinstance(value, dict):
+        value = list(value.values())
+    text = str(value or "") if isinstance(value, (str, int)) else " ".join(map(str, value or []))
+    if text in ("null", "None"):
+        text = ""
+    text = re.sub(r"[<>\[\]]", " ", without_special_tokens(text[: 15 * most]))
+    return " ".join(text.split()[:most])
 
 
 def read_frames(value, video: Sized) -> list[int]:
@@ -381,13 +537,14 @@ def read_frames(value, video: Sized) -> list[int]:
     the end means the last frame; anything else outside the video is left out."""
     clock = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)"
     number = r"(?<![\d.])((?:(?<!\w)-)?\d+(?:\.\d+)?)(\s*s(?:ec(?:ond)?s?)?\b)?"
-    frames, last = [], len(video) - 1
+    last = len(video) - 1
+    frames = []
     matches = re.findall(f"{clock}|{number}", str(frames_or_times(value)))
     for hours, minutes, seconds, index, unit in matches[:99]:
         if seconds or unit:
             at = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds or index)
-            nearest = min(range(last + 1), key=lambda k: abs(video.seconds(k) - at))
-            frames += [nearest] if 0 <= at <= video.seconds(last) + 1 else []
+            if 0 <= at <= video.seconds(last) + 1:
+                frames.append(min(range(last + 1), key=lambda k: abs(video.seconds(k) - at)))
         elif 0 <= float(index) <= last + 1:
             frames.append(min(int(float(index)), last))
     return list(dict.fromkeys(frames))
@@ -420,6 +577,7 @@ def read_region(region, key_frames: list[int], video: Sized) -> Region:
     region = region if isinstance(region, dict) else {"box": region}
     placed = any(re.search("frame|time", key) and region[key] is not None for key in region)
     frame = (read_frames(region, video) if placed else key_frames)[0]
+
     boxes = [region[key] for key in region if re.search("box|coord|region", key) and region[key]]
     words = region.get("what") or region.get("label") or region.get("description")
     size = shown_size(video.frame(frame))
@@ -427,21 +585,24 @@ def read_region(region, key_frames: list[int], video: Sized) -> Region:
 
 
 def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, where
-    it would not fit into that, in 0–1000. Raises ValueError."""
+    """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, if it
+    would not fit into that, in 0–1000. Raises ValueError."""
     if isinstance(value, dict):
         xs = [value[key] for key in value if re.match("x|left|right", key)]
         ys = [value[key] for key in value if re.match("y|top|bottom", key)]
         value = [*zip(xs, ys)]
+
     corners = [float(number) for number in re.findall(r"(?<!\w)-?[\d.]+", str(value))]
     if len(corners) != 4:
         raise ValueError(f"the box {value} needs four numbers")
+
     if max(corners) <= 1.5:  # 0–1, or a little beside it
         scale = (1, 1)
     elif corners[2] <= size[0] and corners[3] <= size[1]:
         scale = size
     else:
         scale = (1000, 1000)
+
     shares = [corner / side for corner, side in zip(corners, scale * 2)]
     x1, y1, x2, y2 = (1.0 if 1 < share < 1.05 else share for share in shares)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
@@ -462,155 +623,9 @@ def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
             size = 1 + (last - first) * (allowed - len(spans)) // (total - len(spans))
         start = (first + last - size + 1) // 2
         shrunk.append((start, start + size - 1))
+
     frames, regions = patch.key_frames[:MAX_FRAMES], patch.regions[:MAX_REGIONS]
     return replace(patch, key_frames=frames, spans=shrunk, regions=regions)
-
-
-# --- Find and Fix ---
-class Conversation:
-    """The conversation about one case. Send its `messages` to a `Chat` and hand the reply to
-    `advance`, until there is an `outcome`: a patch, or the error that says why there is none.
-
-    A reply that cannot be read, and a patch whose words give y away, are sent back once, with the
-    reason. The second time the former is an error, and the latter loses its words but keeps its
-    frames, times and boxes.
-    """
-
-    def __init__(self, case: Case, gate: Gate, show_answer, num_frames, answers_correctly=None):
-        self.case, self.gate, self.answers_correctly = case, gate, answers_correctly
-        self.outcome: EvidencePatch | TeacherError | None = None
-        self.transcript, self.refusals = [], []
-        try:
-            self.messages = first_messages(case, show_answer, num_frames)
-        except Exception as error:  # whatever a decoder raises costs this case alone
-            self.messages, self.outcome = [], TeacherError("video", str(error))
-        self.steps = self.converse(self.messages)
-        next(self.steps)
-
-    def advance(self, reply: Reply) -> None:
-        try:
-            self.messages = self.steps.send(reply)
-        except StopIteration as end:
-            self.outcome = end.value
-        except Exception as error:  # of the gate, say
-            self.outcome = TeacherError("raised", f"{type(error).__name__}: {error}")
-
-    def converse(self, messages: list[dict]):
-        """A generator: yields messages, is sent the reply to them, returns the outcome."""
-        problems, without_words = Counter(), None
-        for turn in range(1, MAX_TURNS + 1):
-            reply = yield messages
-            if isinstance(reply, TeacherError):
-                return without_words or reply
-
-            text = without_thoughts(reply[0])
-            calls = read_calls(text)[:MAX_CALLS]
-            if calls:
-                feedback = self.use_tools(calls)
-            else:
-                patch, problem = yield from self.take_patch(text)
-                if problem is None:
-                    return patch
-                problems[problem.cause] += 1
-                without_words = patch or without_words
-                if problems[problem.cause] > 1 or turn == MAX_TURNS:
-                    return without_words or problem
-                request = f"{problem}. Only direct attention; reply again in that form."
-                feedback = [text_part(request)]
-
-            own = {"role": "assistant", "content": [text_part(reply[0])]}
-            messages = [*messages, own, {"role": "user", "content": feedback}]
-        return without_words or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
-
-    def take_patch(self, text: str):
-        """Read a patch and have it judged. Returns the patch and None, or else what is left of it
-        without its words, if anything, and the problem."""
-        try:
-            patch = parse_patch(text, self.case.video)
-        except TeacherError as error:  # its traceback would keep the locals of this call
-            return None, TeacherError(error.cause, error.detail)
-        reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
-        problem = None
-        if reason:
-            self.refusals.append(reason)
-            problem = TeacherError("leak", reason)
-            regions = [region._replace(what="") for region in patch.regions]
-            patch = replace(patch, guidance="", regions=regions)
-        if is_empty(patch):
-            return None, problem or TeacherError("malformed", "nothing of it may be shown")
-        return replace(patch, transcript=self.transcript, refusals=self.refusals), problem
-
-    def use_tools(self, calls: list[tuple[str, str]]) -> list[dict]:
-        parts = []
-        for name, arguments in calls:
-            self.transcript.append(f"{name}({arguments})")
-            try:
-                parts += run_tool(name, arguments, self.case)
-            except Exception as error:
-                parts.append(text_part(f"{name} failed: {error}"))
-                self.transcript[-1] += f" failed: {error}"
-        return parts
-
-    def read_blind(self, patch: EvidencePatch):
-        """The blind test: ask the question with the patch's words, without the video. Returns why
-        they tell too much, or None."""
-        words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
-        if self.answers_correctly and words:
-            guess = yield blind_messages(self.case, words)
-            if isinstance(guess, TeacherError):
-                return f"it could not be read blind ({guess.cause})"
-            if self.answers_correctly(without_thoughts(guess[0]), self.case):
-                return "the question can be answered from the words, without the video"
-
-
-def diagnose(
-    cases: list[Case],
-    chat: Chat,
-    gate: Gate,
-    show_answer: bool = True,
-    num_frames: int = 16,
-    timeout: float = 480.0,
-    answers_correctly: Callable[[str, Case], bool] | None = None,
-    guessable: dict[tuple, bool] | None = None,
-    usage: Counter | None = None,
-) -> list[EvidencePatch | TeacherError]:
-    """T: a patch for each case, or why there is none, within `timeout` seconds.
-
-    All conversations go on together, a turn at a time, and equal cases share one. `gate` may be
-    reward.py's. With `answers_correctly` (does a reply answer a case?) there is a blind test, but
-    not of questions that are `guessable`, which is filled in here. `usage` counts refusals.
-    """
-    end = time.monotonic() + timeout
-    ask = with_deadline(chat)
-    guessable = {} if guessable is None else guessable
-    if answers_correctly:
-        find_guessable(cases, ask, timeout / 2, answers_correctly, guessable)
-
-    conversations = {}
-    for case in cases:
-        test = None if guessable.get((case.id, case.question)) else answers_correctly
-        conversations[repr(case)] = Conversation(case, gate, show_answer, num_frames, test)
-    waiting = [one for one in conversations.values() if one.outcome is None]
-    while waiting:
-        # A turn may take half of what is left: a slow reply does not take the others' next turns.
-        replies = ask([one.messages for one in waiting], (end - time.monotonic()) / 2)
-        for conversation, reply in zip(waiting, replies):
-            conversation.advance(reply)
-        waiting = [one for one in waiting if one.outcome is None]
-
-    if usage is not None:
-        usage["refused"] += sum(len(one.refusals) for one in conversations.values())
-    return [conversations[repr(case)].outcome for case in cases]
-
-
-def find_guessable(cases, ask: Chat, seconds: float, answers_correctly, guessable: dict) -> None:
-    """Ask each new question without a patch and without the video. Where that is enough for a right
-    answer, the blind test would blame a patch for a guess."""
-    new = {(c.id, c.question): c for c in cases if (c.id, c.question) not in guessable}
-    replies = ask([blind_messages(case, "") for case in new.values()], seconds)
-    for question, reply in zip(new, replies):
-        if isinstance(reply, tuple):
-            guessable[question] = answers_correctly(without_thoughts(reply[0]), new[question])
 
 
 # --- what can be put around a `Chat` ---
@@ -618,21 +633,23 @@ def with_deadline(chat: Chat) -> Chat:
     """Run `chat` in a thread, for which Ctrl-C does not wait. If it raises, takes too long or gives
     the wrong number of replies, each of the conversations gets a TeacherError."""
 
-    def ask(talks: list, seconds: float) -> list[Reply]:
-        replies = [TeacherError("timeout", "no reply in time")] * len(talks)
+    def ask(conversations: list, seconds: float) -> list[Reply]:
+        replies = [TeacherError("timeout", "no reply in time")] * len(conversations)
 
         def call():
             try:
-                pairs = zip(talks, chat(talks, seconds), strict=True)
+                pairs = zip(conversations, chat(conversations, seconds), strict=True)
                 replies[:] = [checked(reply) for _, reply in pairs]
             except TeacherError as error:
-                replies[:] = [error] * len(talks)
+                replies[:] = [error] * len(conversations)
             except Exception as error:
-                raised = TeacherError("raised", plain(f"{type(error).__name__}: {error}"))
-                replies[:] = [raised] * len(talks)
+                raised = TeacherError(
+                    "raised", without_special_tokens(f"{type(error).__name__}: {error}")
+                )
+                replies[:] = [raised] * len(conversations)
 
         thread = Thread(target=call, daemon=True)
-        if talks and seconds > 0:
+        if conversations and seconds > 0:
             thread.start()
             thread.join(seconds)
         return list(replies)  # a copy, which the thread can no longer change
@@ -641,14 +658,14 @@ def with_deadline(chat: Chat) -> Chat:
 
 
 def checked(reply) -> Reply:
-    """The reply, cut to its last MAX_REPLY characters; an error where it is not a `Reply`."""
+    """The reply, cut to its last MAX_REPLY characters; an error if it is not a `Reply`."""
     if isinstance(reply, TeacherError):
         return reply
     try:
-        return plain(reply[0][-MAX_REPLY:]), int(reply[1])
+        return without_special_tokens(reply[0][-MAX_REPLY:]), int(reply[1])
     except Exception as error:
         problem = f"a reply is (words, tokens) or a TeacherError ({error}), not {reply!r:.200}"
-        return TeacherError("raised", plain(problem))
+        return TeacherError("raised", without_special_tokens(problem))
 
 
 def cached(chat: Chat | None, folder: str, name: str, usage: Counter) -> Chat:
@@ -656,23 +673,33 @@ def cached(chat: Chat | None, folder: str, name: str, usage: Counter) -> Chat:
     `name` (who replies) and of all that was shown. Without a `chat` it is a replay, which repeats
     failures too. `usage` counts calls, hits, tokens and seconds."""
 
-    def ask(talks: list, seconds: float) -> list[Reply]:
+    def ask(conversations: list, seconds: float) -> list[Reply]:
         began = time.monotonic()
-        keys = [sha256(json.dumps([name, talk]).encode()).hexdigest() for talk in talks]
+        keys = [
+            sha256(json.dumps([name, messages]).encode()).hexdigest() for messages in conversations
+        ]
         known = [load_reply(Path(folder, key)) if folder else None for key in keys]
         if chat:  # what failed before is asked again
             known = [reply if isinstance(reply, tuple) else None for reply in known]
-        missing = {key: talk for key, talk, reply in zip(keys, talks, known) if reply is None}
+
+        missing = {
+            key: messages
+            for key, messages, reply in zip(keys, conversations, known)
+            if reply is None
+        }
         replies = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
-            left = seconds - time.monotonic() + began
-            replies = with_deadline(chat)([*missing.values()], 0.97 * left)  # the rest: to return
+            left = 0.97 * (
+                seconds - time.monotonic() + began
+            )  # keeps some to store and return them
+            replies = with_deadline(chat)([*missing.values()], left)
         fresh = dict(zip(missing, replies, strict=True))  # equal conversations are asked once
-        for key, reply in fresh.items() if chat and folder else ():
-            store_reply(Path(folder, key), reply)
+        if chat and folder:
+            for key, reply in fresh.items():
+                store_reply(Path(folder, key), reply)
 
         usage["calls"] += len(fresh) if chat else 0
-        usage["hits"] += len(talks) - len(fresh)
+        usage["hits"] += len(conversations) - len(fresh)
         usage["tokens"] += sum(reply[1] for reply in fresh.values() if isinstance(reply, tuple))
         usage["seconds"] += time.monotonic() - began
         return [fresh.get(key, reply) for key, reply in zip(keys, known)]
@@ -705,12 +732,13 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         import openai
     except ImportError as error:
         raise ValueError("a remote teacher needs a client: pip install openai") from error
-    key, limit = "".join(key.split()), "max_tokens"
+    key = "".join(key.split())
+    limit = "max_tokens"  # newer models want another name
 
-    async def complete(client, talk: list[dict]) -> Reply:
+    async def complete(client, messages: list[dict]) -> Reply:
         nonlocal limit
         create = client.chat.completions.with_raw_response.create
-        send = partial(create, model=model, messages=talk)
+        send = partial(create, model=model, messages=messages)
         try:
             return read_reply(await send(**{limit: max_tokens}))
         except openai.BadRequestError as error:
@@ -719,10 +747,10 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         limit = "max_completion_tokens"
         return read_reply(await send(**{limit: max_tokens}))
 
-    async def reply_to(client, talk: list[dict], slots: asyncio.Semaphore, end: float) -> Reply:
+    async def reply_to(client, messages: list[dict], slots: asyncio.Semaphore, end: float) -> Reply:
         try:
             async with slots, asyncio.timeout(min(timeout, end - time.monotonic())):
-                text, tokens = await complete(client, talk)
+                text, tokens = await complete(client, messages)
             return hide(text), tokens
         except Exception as error:
             failure = failure_of(error)
@@ -732,8 +760,9 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
         # A short key is a placeholder like "none", which any word may contain.
         return text.replace(key, "[key]") if len(key) > 7 else text
 
-    async def reply_to_all(talks: list, end: float) -> list[Reply]:
-        slots, nobody = asyncio.Semaphore(max(workers, 1)), openai.Omit()
+    async def reply_to_all(conversations: list, end: float) -> list[Reply]:
+        slots = asyncio.Semaphore(max(workers, 1))
+        nobody = openai.Omit()
         async with openai.AsyncOpenAI(
             base_url=url,
             api_key=key or "none",
@@ -742,10 +771,12 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
             timeout=None,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [see_error]}),
         ) as client:
-            return await asyncio.gather(*(reply_to(client, talk, slots, end) for talk in talks))
+            return await asyncio.gather(
+                *(reply_to(client, messages, slots, end) for messages in conversations)
+            )
 
-    def chat(talks: list, seconds: float) -> list[Reply]:
-        return asyncio.run(reply_to_all(talks, time.monotonic() + 0.95 * seconds))
+    def chat(conversations: list, seconds: float) -> list[Reply]:
+        return asyncio.run(reply_to_all(conversations, time.monotonic() + 0.95 * seconds))
 
     return chat
 
@@ -783,7 +814,8 @@ def read_reply(response) -> Reply:
     try:
         completion = response.parse()
         choice, usage = completion.choices[0], completion.usage
-        message, content = choice.message, choice.message.content
+        message = choice.message
+        content = message.content
         if isinstance(content, list):
             content = "".join(part.get("text") or "" for part in content)
         thoughts = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
@@ -806,37 +838,40 @@ def read_reply(response) -> Reply:
 def local(model, processor, max_tokens=2048, batch=8) -> Chat:
     """A transformers vision-language model, which reads `batch` conversations at a time."""
 
-    def generate(talks: list, seconds: float) -> list[Reply]:
+    def generate(conversations: list, seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
-            [[as_parts(message) for message in talk] for talk in talks],
+            [[as_parts(message) for message in messages] for messages in conversations],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
+
         limits = {"max_new_tokens": max_tokens, "max_time": 0.8 * seconds}
-        out = model.generate(**inputs, **limits, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        out = model.generate(**inputs, **limits, do_sample=False)
+        out = out[:, inputs["input_ids"].shape[1] :]
         used = (out != processor.tokenizer.pad_token_id).sum(1).tolist()
         return [*zip(processor.batch_decode(out, skip_special_tokens=True), used)]
 
-    def reply_to(talks: list, end: float) -> list[Reply]:
-        """Halve a batch that fails, out of memory say: only what fails by itself is lost."""
+    def reply_to(conversations: list, end: float) -> list[Reply]:
+        """Halve a batch that fails, for lack of memory perhaps: only what fails alone is lost."""
         if time.monotonic() > end:
-            return [TeacherError("timeout", "no time is left")] * len(talks)
+            return [TeacherError("timeout", "no time is left")] * len(conversations)
         try:
-            return generate(talks, end - time.monotonic())
+            return generate(conversations, end - time.monotonic())
         except Exception as error:
             failed = TeacherError("raised", f"{type(error).__name__}: {error}")
-        if len(talks) == 1:
+        if len(conversations) == 1:
             return [failed]
-        half = len(talks) // 2
-        return reply_to(talks[:half], end) + reply_to(talks[half:], end)
+        half = len(conversations) // 2
+        return reply_to(conversations[:half], end) + reply_to(conversations[half:], end)
 
-    def chat(talks: list, seconds: float) -> list[Reply]:
-        end, replies = time.monotonic() + seconds, []
-        for start in range(0, len(talks), batch):
-            replies += reply_to(talks[start : start + batch], end)
+    def chat(conversations: list, seconds: float) -> list[Reply]:
+        end = time.monotonic() + seconds
+        replies = []
+        for start in range(0, len(conversations), batch):
+            replies += reply_to(conversations[start : start + batch], end)
         return replies
 
     return chat
@@ -853,19 +888,22 @@ def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
     list of them, with `error_type`, `key_frames`, `region` and optionally `moment`, `guidance`,
     `cites`. Of a list the first whose `cites` the response lacks is taken, or else the last."""
 
-    def reply(talk: list[dict]) -> tuple[str, int]:
-        case_id, _, case = talk[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
+    def reply(messages: list[dict]) -> tuple[str, int]:
+        case_id, _, case = messages[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
         if case_id not in truths:
             return f"There is no evidence for {case_id}.", 0
+
         response = case.partition("The student's response:")[2]
-        truth = truths[case_id] if isinstance(truths[case_id], list) else [truths[case_id]]
-        missed = [step for step in truth if step.get("cites", "") not in response]
-        evidence = (missed or truth[-1:])[0]
+        entries = truths[case_id] if isinstance(truths[case_id], list) else [truths[case_id]]
+        missed = [entry for entry in entries if entry.get("cites", "") not in response]
+        evidence = missed[0] if missed else entries[-1]
         frames, region = evidence["key_frames"], evidence.get("region")
-        if len(talk) == 2:  # look first
+
+        if len(messages) == 2:  # the first turn: look, as a model should
             zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
             calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
             return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
+
         patch = {
             "content": evidence.get("guidance", ""),
             "key_frames": frames,
@@ -875,11 +913,11 @@ def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
         body = {"error_classification": evidence["error_type"], "evidence_patch": patch}
         return f"<think>Found.</think><answer>{json.dumps(body)}</answer>", 0
 
-    return lambda talks, seconds: [reply(talk) for talk in talks]
+    return lambda conversations, seconds: [reply(messages) for messages in conversations]
 
 
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
-    """A trial with as many pictures as a case has. Raises TeacherError where they are not taken, or
+    """A trial with as many pictures as a case has. Raises TeacherError if they are not taken, or
     the reply is neither a tool call nor a patch."""
     picture = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (56, 56)))}}
     asked = text_part("Case: hello\nThis is a trial: reply at once, that frame 0 shows it all.")
@@ -891,45 +929,76 @@ def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
         raise TeacherError("malformed", f"neither a tool call nor a patch: {reply[0][-300:]}")
 
 
-def load_chat(c, device, evidence: dict) -> Chat | None:
-    """Who replies by the `Settings` c; None for a replay. Raises ValueError where it is no use."""
-    name = c.teacher_model
-    if c.teacher == "scripted":
+# --- the teacher that the settings name ---
+@dataclass
+class TeacherSettings:
+    """The teacher."""
+
+    teacher: Annotated[Literal["scripted", "local", "remote"], "who replies as the teacher"] = (
+        "scripted"
+    )
+    teacher_model: Annotated[str, "the teacher: local folder, hub name, or the remote's name"] = ""
+    teacher_url: Annotated[str, "of the endpoint; its key is read from TEACHER_API_KEY (ours)"] = ""
+    teacher_device: Annotated[str, "of the local teacher; empty: the student's (ours)"] = ""
+    teacher_batch: Annotated[int, "conversations at a time, local (ours)"] = 8
+    teacher_workers: Annotated[int, "requests at a time per process, remote (ours)"] = 8
+    teacher_max_tokens: Annotated[int, "of a reply (ours)"] = 2048
+    teacher_timeout: Annotated[float, "seconds that a reply may take, remote (ours)"] = 240.0
+    teacher_step_timeout: Annotated[float, "seconds for all diagnoses of a step (ours)"] = 480.0
+    teacher_cache: Annotated[str, "folder of replies; without a url they are replayed (ours)"] = ""
+    teacher_sees_answer: Annotated[bool, "False: the paper's 'no GT reference'"] = True
+    blind_test: Annotated[bool, "a model reads each patch's words without the video (ours)"] = True
+
+
+def load_chat(config, device, evidence: dict) -> Chat | None:
+    """The `Chat` that the settings name, or None to replay the cache. Raises ValueError if it
+    cannot work."""
+    name = config.teacher_model
+    if config.teacher == "scripted":
         if not evidence:
             raise ValueError("no record has 'evidence' to look up; take a local or remote teacher")
         return scripted(evidence)
 
-    if c.teacher == "local":
+    if config.teacher == "local":
         import transformers
 
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        model = model.to(c.teacher_device or device).eval()
-        return local(model, processor, c.teacher_max_tokens, c.teacher_batch)
+        model = model.to(config.teacher_device or device).eval()
+        return local(model, processor, config.teacher_max_tokens, config.teacher_batch)
 
-    if not c.teacher_url:
+    if not config.teacher_url:
         return None
-    limits = (c.teacher_max_tokens, c.teacher_workers, c.teacher_timeout)
-    chat = remote(c.teacher_url, name, os.environ.get("TEACHER_API_KEY", ""), *limits)
+    chat = remote(
+        config.teacher_url,
+        name,
+        key=os.environ.get("TEACHER_API_KEY", ""),
+        max_tokens=config.teacher_max_tokens,
+        workers=config.teacher_workers,
+        timeout=config.teacher_timeout,
+    )
     try:
-        try_out(chat, c.num_frames, c.teacher_timeout)
+        try_out(chat, config.num_frames, config.teacher_timeout)
     except TeacherError as error:
         raise ValueError(
-            f"no teacher '{name}' at {c.teacher_url} ({error}); it must take {c.num_frames} "
-            "pictures in a request (or lower --num_frames), a context that holds them, and "
-            "write patches; without --teacher_url a --teacher_cache is replayed"
+            f"no teacher '{name}' at {config.teacher_url} ({error}); it must take "
+            f"{config.num_frames} pictures in a request (or lower --num_frames), a context that "
+            "holds them, and write patches; without --teacher_url a --teacher_cache is replayed"
         ) from error
     return chat
 
 
-def load_teacher(c, device, gate: Gate, answers_correctly: Callable, evidence: dict) -> Callable:
-    """`diagnose` by the `Settings` c, as a function of cases and of a Counter of what was used. A
-    scripted teacher is neither cached nor blind-tested."""
-    chat, guessable = load_chat(c, device, evidence), {}
-    scripted_one = c.teacher == "scripted"
-    folder = "" if scripted_one else c.teacher_cache
-    test = answers_correctly if c.blind_test and not scripted_one else None
-    name = repr((c.teacher, c.teacher_model, c.teacher_max_tokens))
+def load_teacher(
+    config, device, gate: Gate, answers_correctly: Callable, evidence: dict
+) -> Callable[..., list[EvidencePatch | TeacherError]]:
+    """`diagnose` as a function of the cases alone, the rest taken from the settings; its `usage` is
+    a Counter of calls and tokens. A scripted teacher is neither cached nor blind-tested."""
+    chat = load_chat(config, device, evidence)
+    guessable = {}
+    is_scripted = config.teacher == "scripted"
+    folder = "" if is_scripted else config.teacher_cache
+    test = answers_correctly if config.blind_test and not is_scripted else None
+    name = repr((config.teacher, config.teacher_model, config.teacher_max_tokens))
 
     def teach(cases: list[Case], usage: Counter | None = None) -> list:
         usage = Counter() if usage is None else usage
@@ -937,9 +1006,9 @@ def load_teacher(c, device, gate: Gate, answers_correctly: Callable, evidence: d
             cases,
             cached(chat, folder, name, usage),
             gate,
-            show_answer=c.teacher_sees_answer,
-            num_frames=c.num_frames,
-            timeout=c.teacher_step_timeout,
+            show_answer=config.teacher_sees_answer,
+            num_frames=config.num_frames,
+            timeout=config.teacher_step_timeout,
             answers_correctly=test,
             guessable=guessable,
             usage=usage,

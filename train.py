@@ -1,4 +1,12 @@
-"""Train a video student with Find, Fix, Reason; without `--model` a tiny one on needle videos."""
+"""Train a video student with Find, Fix, Reason; without `--model` a tiny one on needle videos.
+
+    train        the loop: `train_step`, its metrics, checkpoints, reasons to stop
+    train_step   the round (`ffr.find_fix_reason`), A_i (`set_advantages`), J(θ) (`update_policy`)
+    evaluate     held-out accuracy, unaided and assisted
+    main         settings, accelerator, records, student, teacher; then evaluate, train, evaluate
+
+Begin with `train_step`. What stands between `evaluate` and `main` loads, keeps and prints.
+"""
 
 import json
 import logging
@@ -38,7 +46,7 @@ import teacher
 from ffr import Member, Question, Student, flat
 from reward import accuracy, answers_correctly, gate
 
-HELPLESS = 10  # steps without any patch, after which the run stops
+STEPS_WITHOUT_PATCH = 10  # that many, one after another, stop the run
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
 
 
@@ -76,14 +84,14 @@ class Config(
     grpo.SamplingSettings,
     ffr.Method,
     ffr.View,
-    teacher.Settings,
-    data.Settings,
+    teacher.TeacherSettings,
+    data.DataSettings,
     RunSettings,  # a dataclass begins with the fields of its last base
 ):
-    """All settings. Each file declares its own, is given them all, and reads its own only."""
+    """All settings. Each file declares its own, and reads only these of all that it is handed."""
 
 
-# Tiny mode is the same method in small. Without --model these are the defaults.
+# Tiny mode is the same method at a small scale. Without --model these are the defaults.
 TINY = dict(
     out="runs/tiny",
     prompt="{question}",
@@ -96,22 +104,41 @@ TINY = dict(
     questions_per_device=4,
     max_steps=400,
 )
-# What may differ when a run is resumed: what changes nothing in training, and the teacher's
-# settings, which may have to be mended.
-MAY_DIFFER = {"versions", "resume", "out", "save_steps", "keep_checkpoints", "decode_patience"}
-MAY_DIFFER |= {"log_with", "log_reliance", "teacher_url", "teacher_device", "teacher_batch"}
-MAY_DIFFER |= {"teacher_workers", "teacher_timeout", "teacher_step_timeout", "teacher_model"}
-MAY_DIFFER |= {"teacher_max_tokens", "teacher_cache"}
+AT_LEAST_1 = ("epochs", "frame_pixels", "keep_checkpoints", "max_completion_length", "num_frames")
+AT_LEAST_1 += ("num_updates", "picture_pixels", "questions_per_device", "save_steps")
+AT_LEAST_0 = ("beta", "epsilon", "kappa", "lam", "learning_rate", "max_steps", "rollouts_at_once")
+# What may change when a run is resumed: settings without effect on training, and the teacher's,
+# which may need fixing.
+MAY_DIFFER = {
+    "decode_patience",
+    "keep_checkpoints",
+    "log_reliance",
+    "log_with",
+    "out",
+    "resume",
+    "save_steps",
+    "teacher_batch",
+    "teacher_cache",
+    "teacher_device",
+    "teacher_max_tokens",
+    "teacher_model",
+    "teacher_step_timeout",
+    "teacher_timeout",
+    "teacher_url",
+    "teacher_workers",
+    "versions",
+}
 
 
 def parse(arguments: list[str]) -> Config:
-    """Read the settings; exit with one sentence where they make no sense."""
+    """Read the settings; exit with one sentence if they make no sense."""
+    what, *_ = __doc__.splitlines()
     parser = ffr.settings_parser(
         Config.__bases__[::-1],
         tiny=TINY,
         prog="train.py",
         usage="train.py [--model M --data FILE] [settings]",
-        description=f"{__doc__} Defaults, in brackets, are the paper's (Table 8), or (ours).",
+        description=f"{what} Defaults, in brackets, are the paper's (Table 8), or (ours).",
     )
     if "--model" not in [argument.split("=")[0] for argument in arguments]:
         parser.set_defaults(**TINY)
@@ -120,30 +147,29 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
-def validate(c: Config) -> None:
-    """Exit with one sentence where the settings make no sense."""
-    known = ["all", *(str(tracker) for tracker in get_available_trackers())]
-    sizes = {"questions_per_device", "num_updates", "num_frames", "frame_pixels", "picture_pixels"}
-    sizes |= {"max_completion_length", "save_steps", "keep_checkpoints", "epochs"}
-    too_small = [f"--{name}" for name in sorted(sizes) if getattr(c, name) < 1]
+def validate(config: Config) -> None:
+    """Exit with one sentence if the settings make no sense."""
+    too_small = [f"--{name}" for name in AT_LEAST_1 if getattr(config, name) < 1]
+    negative = [f"--{name}" for name in AT_LEAST_0 if getattr(config, name) < 0]
+    lone = bool(config.model) != bool(config.data)
+    trackers = ["all", *(str(tracker) for tracker in get_available_trackers())]
+    unknown = {*tracker_names(config)} - {*trackers}
     checks = [
-        (bool(c.model) != bool(c.data), "--model and --data FILE, the records, go together"),
-        (c.eval_data and not c.model, "--eval_data goes with --model and --data"),
-        (c.eval_only and not c.model, "--eval_only needs --model, the student to measure"),
+        (lone, "--model and --data FILE, the records, go together"),
+        (config.eval_data and not config.model, "--eval_data goes with --model and --data"),
+        (config.eval_only and not config.model, "--eval_only needs --model, the student to ask"),
         (too_small, f"{', '.join(too_small)} must be 1 or more"),
-        (min(c.max_steps, c.rollouts_at_once) < 0, "--max_steps, --rollouts_at_once: 0 or more"),
-        (min(c.learning_rate, c.epsilon) < 0, "--learning_rate and --epsilon must be 0 or more"),
-        (c.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
-        (min(c.kappa, c.lam, c.beta) < 0, "--kappa, --lam and --beta must be 0 or more"),
-        (c.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
-        ({*trackers_of(c)} - {*known}, f"--log_with {c.log_with}: pip install it; here: {known}"),
+        (negative, f"{', '.join(negative)} must be 0 or more"),
+        (config.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
+        (config.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
+        (unknown, f"--log_with {config.log_with}: pip install it; here: {trackers}"),
     ]
-    for refused, why in checks + ffr.checks_of_round(c):
+    for refused, why in checks + ffr.checks_of_round(config):
         if refused:
             raise SystemExit(f"train.py: {why}")
 
 
-def trackers_of(config: Config) -> list[str]:
+def tracker_names(config: Config) -> list[str]:
     return [name for name in config.log_with.split(",") if name]
 
 
@@ -164,7 +190,8 @@ class Run(NamedTuple):
 def train(config, accelerator, student: Student, samples, teach, placeholder: Question) -> list:
     """Train: in each step a round, an update and its metrics. Returns the metrics of all steps.
     `placeholder` is a question that is known to open; it stands in for records that do not."""
-    run = prepare(config, accelerator, student, steps_of(config, accelerator, samples))
+    steps = count_steps(config, accelerator, samples)
+    run = prepare(config, accelerator, student, steps)
     done, history = resume(config, accelerator)
     bar = progress_bar(done, run.steps, accelerator)
     with interruptible(accelerator) as interrupts:
@@ -175,19 +202,16 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
             history.append(metrics)
             report(run, metrics, groups, bar)
 
-            details = first_details(rows)
+            failures = first_failures(rows)
             if accelerator.is_main_process:
-                report_teacher_failures(history[done:], details)
-            stop = reason_to_stop(history[done:], details)
-            if any(gather_object([len(interrupts)])):
+                report_failures(history[done:], failures)
+            stop = reason_to_stop(history[done:], failures)
+            if any(gather_object([len(interrupts)])):  # on any process
                 stop = "interrupted"
             if stop or (step + 1) % config.save_steps == 0 or step + 1 == run.steps:
                 folder = save_checkpoint(config, accelerator, step + 1)
             if stop:
-                words = f"train.py: {stop} after step {step + 1}, which is saved in {folder}; "
-                words += "the same command with --resume True goes on"
-                accelerator.end_training()
-                raise SystemExit(words if accelerator.is_main_process else 1)
+                end_early(accelerator, f"{stop} after step {step + 1}, which is saved in {folder}")
     save_model(run)
     return history
 
@@ -195,16 +219,17 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
 def train_step(run: Run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
     """A round on this process's `samples`, its advantages and an update. Returns (groups, rows,
     figures): the groups and figures of this process, and a row for each rollout of all."""
-    config, began = run.config, time.time()
+    config = run.config
+    began = time.time()
     questions = open_questions(run.student, samples, placeholder)
     usage = Counter(calls=0, hits=0, tokens=0, seconds=0.0, refused=0)
-    ask = None if teach is None else partial(teach, usage=usage)
+    teach_and_count = None if teach is None else partial(teach, usage=usage)
     with run.accelerator.autocast():
         groups = ffr.find_fix_reason(
             run.student,
             questions,
             config.num_rollouts,
-            ask,
+            teach_and_count,
             kappa=config.kappa,
             lam=config.lam,
             seed=(config.seed, step),
@@ -212,16 +237,18 @@ def train_step(run: Run, samples, teach, placeholder, step: int) -> tuple[list, 
         if config.log_reliance and teach is not None:
             ffr.measure_reliance(run.student, groups)
     counted = [member for member in flat(groups) if not member.question.is_placeholder]
-    rows = gather_object([describe(member) for member in counted])
+    rows = gather_object([member_row(member) for member in counted])
 
     round_ended = time.time()
     set_advantages(groups, rows, config.scale_rewards)
     figures = update_policy(run, groups, rows, placeholder)
+
     figures |= {f"teacher_{name}": count for name, count in usage.items()}
     figures["seconds_round"] = round_ended - began
     figures["seconds_update"] = time.time() - round_ended
     figures["skipped"] = float(sum(question.is_placeholder for question in questions))
-    figures["repaired_advantage"] = sum(c.advantage for c in counted if c.repaired is not None)
+    repaired = [member for member in counted if member.repaired is not None]
+    figures["repaired_advantage"] = sum(member.advantage for member in repaired)
     return groups, rows, figures
 
 
@@ -239,6 +266,7 @@ def update_policy(run: Run, groups: list[list[Member]], rows: list, placeholder:
     prompts, trained = ffr.episodes(groups)
     tokens = max(total(rows, "length"), 1)  # Σ|τ̂_i| of all processes
     stand_in = ffr.stand_in(run.student, placeholder) if grpo.is_sharded(run.model) else None
+
     figures = grpo.update(
         run.accelerator,
         run.model,
@@ -255,10 +283,12 @@ def update_policy(run: Run, groups: list[list[Member]], rows: list, placeholder:
 def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
     """Hand the model and its optimizer to accelerate. The student keeps the unwrapped model."""
     model = student.model
-    rate, decay = config.learning_rate, config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay
+    )
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, steps)
     reference = reference_policy(config, accelerator, model)
+
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not accelerate's wrapper, which casts all logits to fp32; `batched_logps` does it in chunks.
     student.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -266,7 +296,8 @@ def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
     return Run(config, accelerator, student, steps, model, optimizer, scheduler, reference)
 
 
-def steps_of(config: Config, accelerator, samples: list) -> int:
+def count_steps(config: Config, accelerator, samples: list) -> int:
+    """The optimizer steps of the whole run. Raises ValueError if the records do not fill one."""
     per_step = config.questions_per_device * accelerator.num_processes
     if len(samples) < per_step:
         raise ValueError(f"{len(samples)} records do not fill a step of {per_step}")
@@ -302,32 +333,41 @@ def open_questions(student: Student, samples: list, placeholder: Question) -> li
     return questions
 
 
-def first_details(rows: list[dict]) -> dict[str, str]:
-    """The first error of each cause for which the teacher gave no patch, in its own words."""
-    details = {}
+def first_failures(rows: list[dict]) -> dict[str, str]:
+    """By cause: the first failure of the teacher in this step, in its own words."""
+    failures = {}
     for row in rows:
         if row["cause"]:
-            details.setdefault(row["cause"], f"{row['cause']}: {row['detail']}")
-    return details
+            failures.setdefault(row["cause"], f"{row['cause']}: {row['detail']}")
+    return failures
 
 
-def report_teacher_failures(history: list[dict], details: dict[str, str]) -> None:
-    """Print the first failure of each cause in its own words, and each step without any patch."""
-    for cause, detail in details.items():
+def report_failures(history: list[dict], failures: dict[str, str]) -> None:
+    """Print each cause when it first comes up in the run, and each step without any patch."""
+    for cause, words in failures.items():
         if not any(f"teacher_{cause}" in metrics for metrics in history[:-1]):
-            tqdm.write(f"teacher: {detail}")
-    if details and not history[-1]["intervention"]:
+            tqdm.write(f"teacher: {words}")
+    if failures and not history[-1]["intervention"]:
         tqdm.write(f"teacher: no failed rollout of step {history[-1]['step']} got a patch")
 
 
-def reason_to_stop(history: list[dict], details: dict[str, str]) -> str | None:
-    """Return why to stop, if the last HELPLESS steps that asked the teacher got no patch at all."""
+def reason_to_stop(history: list[dict], failures: dict[str, str]) -> str | None:
+    """Why to stop: the teacher fails now, and gave no patch at all in the last STEPS_WITHOUT_PATCH
+    steps that asked it. None if that is not so."""
     asked = [step for step in history if step["teacher_failures"] or step["intervention"]]
-    helped = any(step["intervention"] for step in asked[-HELPLESS:])
-    if not details or helped or len(asked) < HELPLESS:  # without details nothing failed just now
+    last = asked[-STEPS_WITHOUT_PATCH:]
+    helped = any(step["intervention"] for step in last)
+    if not failures or helped or len(last) < STEPS_WITHOUT_PATCH:
         return None
-    first, *_ = details.values()
-    return f"the teacher helped nobody in {HELPLESS} steps ({first}): stopped"
+    first, *_ = failures.values()
+    return f"the teacher helped nobody in {STEPS_WITHOUT_PATCH} steps ({first}): stopped"
+
+
+def end_early(accelerator, what: str) -> None:
+    """End the run with one sentence."""
+    accelerator.end_training()
+    words = f"train.py: {what}; the same command with --resume True goes on"
+    raise SystemExit(words if accelerator.is_main_process else 1)
 
 
 @contextmanager
@@ -359,11 +399,13 @@ MEANS_OF_REPAIRS = ["fix", "align", "reliance", "patch_frames", "patch_seconds"]
 LARGEST = ["grad_norm", "logp_gap", "seconds_round", "seconds_update"]  # of the processes
 
 
-def describe(member: Member) -> dict:
-    """The numbers of one chosen rollout, from which `summarize` makes the step's metrics."""
-    patch, error, completion = member.patch, member.error, member.chosen.completion
+def member_row(member: Member) -> dict:
+    """One member's numbers, which `summarize` turns into the step's metrics."""
+    patch, error = member.patch, member.error
+    completion = member.chosen.completion
     again = [] if member.repaired is None else member.repaired.completion.ids
     span_frames = sum(last - first + 1 for first, last in patch.spans) if patch else 0
+
     return {
         "unaided": member.unaided.score.correct,
         "failure": not member.unaided.score.correct,
@@ -385,13 +427,15 @@ def describe(member: Member) -> dict:
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics, from the `rows` of its rollouts and the figures of each process."""
+    """A step's metrics, from the `rows` of its members and the figures of each process."""
     repaired = [row for row in rows if row["intervention"]]
     metrics = {name: mean(rows, name) for name in MEANS}
     metrics |= {name: mean(repaired, name) for name in MEANS_OF_REPAIRS}
+
     for name in updates[0]:
         join = max if name in LARGEST else sum
         metrics[name] = join(update[name] for update in updates)
+
     turns = metrics["teacher_calls"] + metrics["teacher_hits"]
     causes = [row["cause"] for row in rows if row["cause"]]
     metrics["sampled_tokens"] = total(rows, "sampled_tokens")
@@ -423,7 +467,7 @@ def report(run: Run, metrics: dict, groups, bar: tqdm) -> None:
 
 def show_repair(run: Run, groups: list[list[Member]], step: int) -> None:
     """Draw a repair of the step, about eight times in a run: three that came out right, then one
-    that did not, or of the other kind where there is none."""
+    that did not, or one of the other kind if there is none."""
     folder = Path(run.config.out, "repairs")
     drawn = len([*folder.glob("*.txt")])
     if drawn * run.steps > 8 * (step - 1):
@@ -456,20 +500,24 @@ def evaluate(
     """Greedy answers to held-out records: is each right unaided, and with a patch where it was not?
     Rows are kept in OUT/`name`.jsonl, so that a resumed run asks only what is missing there."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
-    file, processes = Path(config.out, f"{name}.jsonl"), accelerator.num_processes
+    file = Path(config.out, f"{name}.jsonl")
     rows = shared_rows(accelerator, file)
     done = {row["id"] for row in rows}
     left = [sample for sample in samples if sample.id not in done]
+
+    processes = accelerator.num_processes
     starts = range(0, len(left), at_once * processes)
     for start in tqdm(starts, name, leave=False, disable=not accelerator.is_main_process):
         batch = left[start : start + at_once * processes]
         mine = batch[accelerator.process_index :: processes]
         questions = open_questions(student, mine, placeholder)
         questions = questions or [replace(placeholder, is_placeholder=True)]
+
         with accelerator.autocast():
             groups = ffr.find_fix_reason(
                 student, questions, 1, teach, kappa=0.0, lam=0.0, seed=("evaluation",)
             )
+
         counted = [member for member in flat(groups) if not member.question.is_placeholder]
         fresh = gather_object([evaluation_row(member) for member in counted])
         if accelerator.is_main_process:
@@ -496,6 +544,7 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
     # Sums of the steps' rates: each step has as many rollouts, so their ratio is the fix rate.
     repaired = sum(row["intervention"] for row in history)
     fixed = sum(row["fix"] * row["intervention"] for row in history)
+
     figures = {
         "unaided_before": mean(before, "unaided") if before else None,
         "unaided_after": mean(after, "unaided") if after else None,
@@ -506,9 +555,11 @@ def summarize_run(before: list[dict], after: list[dict], history: list[dict]) ->
         "intervention_last": mean(last, "intervention"),
         "fix_rate": fixed / repaired if repaired else None,
     }
+
+    # `teacher_failures` and its causes: `summarize` puts them last.
     for metrics in history:
         names = list(metrics)
-        for name in names[names.index("teacher_failures") :]:  # `summarize` puts the causes behind
+        for name in names[names.index("teacher_failures") :]:
             figures[name] = figures.get(name, 0) + metrics[name]
     return figures
 
@@ -600,7 +651,7 @@ def load_student(config: Config, accelerator: Accelerator) -> Student:
 
 
 def load_teacher(config: Config, samples: list[data.Sample], device):
-    """The teacher that the settings name: a function of cases, or None where nobody teaches."""
+    """The teacher that the settings name: a function of cases, or None if there is no teacher."""
     if config.method == "grpo" or config.eval_only:  # at test time there is no teacher
         return None
     Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
@@ -616,7 +667,8 @@ def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
     """The rows of a file up to step `last`. Later rows and an unfinished line are cut off it."""
     if not file.is_file():
         return []
-    rows, size = [], 0
+    rows = []
+    size = 0
     for line in file.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             row = json.loads(line)
@@ -701,16 +753,19 @@ def open_run(config: Config, accelerator) -> Config:
 
 
 def claim_folder(config: Config, processes: int) -> None:
-    """Write OUT's manifest: all that the run's figures depend on. Where OUT holds a run already,
-    --resume refuses other settings. Without it only a tiny run is replaced, by a tiny run."""
+    """Write OUT's manifest: all that the run's figures depend on. If OUT already holds a run,
+    --resume refuses other settings; without --resume only a tiny run may replace a tiny run."""
     out = Path(config.out)
     file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
-    manifest, earlier = manifest_of(config, processes), read_manifest(file)
+    manifest = manifest_of(config, processes)
+    earlier = read_manifest(file)
+
     names = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
     begun = any(Path(out, f"{name}.jsonl").exists() for name in names)
     compared = [name for name in manifest if name not in MAY_DIFFER]
     differ = ", ".join(name for name in compared if earlier.get(name) != manifest[name])
     replaces = not config.resume and not config.model and earlier.get("model") == ""
+
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
     if begun and not config.resume and not replaces:
@@ -718,6 +773,7 @@ def claim_folder(config: Config, processes: int) -> None:
     if replaces:
         print(f"train.py: {out} holds a tiny run; this one replaces it")
         remove_tiny_run(out)
+
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -730,7 +786,7 @@ def manifest_of(config: Config, processes: int) -> dict:
 
 
 def read_manifest(file: Path) -> dict:
-    """The manifest of the run that OUT holds; {} where it holds none."""
+    """The manifest of the run that OUT holds; {} if it holds none."""
     try:
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
@@ -757,17 +813,19 @@ def make_accelerator(config: Config) -> Accelerator:
     cpu = not torch.accelerator.is_available()  # accelerate joins CPU processes only if told so
     precision = {"auto": None if cpu else "bf16", "bf16": "bf16", "fp32": "no"}[config.precision]
     patience = timedelta(seconds=1800 + 2 * config.teacher_step_timeout)
+
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        log_with=trackers_of(config) or None,
+        log_with=tracker_names(config) or None,
         project_dir=config.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
+
     processes = accelerator.num_processes
     if processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("the launcher's processes did not join; see `accelerate env`")
-    if processes == 1 and re.search(r"--num.processes[ =]([2-9]|1\d)", of_launcher("cmdline")):
+    if processes == 1 and re.search(r"--num.processes[ =]([2-9]|1\d)", read_launcher("cmdline")):
         raise ValueError(
             "on a CPU accelerate launch starts one process, whatever --num_processes says; "
             "`torchrun --nproc_per_node N train.py` starts N"
@@ -775,15 +833,15 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED") and not accelerator.is_fsdp2:
         raise ValueError("parameters are sharded by FSDP2 only: --use_fsdp --fsdp_version 2")
     if cpu:
-        torch.set_num_threads(threads_of(processes))
+        torch.set_num_threads(threads_per_process(processes))
     return accelerator
 
 
-def threads_of(processes: int) -> int:
+def threads_per_process(processes: int) -> int:
     """Threads of each process: the user's OMP_NUM_THREADS, else its share of the cores, at most 4.
     accelerate launch sets that variable anew, so the user's is read from the launcher."""
     environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
-    users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", of_launcher("environ") or environment)
+    users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", read_launcher("environ") or environment)
     if users:
         return int(users[1])
     cores = os.cpu_count() or 1
@@ -792,7 +850,7 @@ def threads_of(processes: int) -> int:
     return max(1, min(4, cores // processes))
 
 
-def of_launcher(what: str) -> str:
+def read_launcher(what: str) -> str:
     """The "cmdline" or "environ" of the launcher, as it was started with; "" without a launcher."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     file = Path(f"/proc/{os.getppid()}/{what}")
@@ -827,7 +885,7 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
         data.refuse_broken(samples, config.data, config.skip, config.decode_patience)
         data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)
     if not config.eval_only:
-        steps_of(config, accelerator, samples)  # too few are refused before any work
+        count_steps(config, accelerator, samples)  # too few are refused before any work
     return samples, held_out
 
 
@@ -838,6 +896,7 @@ def open_placeholder(student: Student, samples: list[data.Sample]) -> Question:
 
 
 def finish(config: Config, accelerator, figures: dict) -> None:
+    """Keep and print the run's figures."""
     if accelerator.is_main_process:
         name = "evaluation.json" if config.eval_only else "summary.json"
         Path(config.out, name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -846,7 +905,8 @@ def finish(config: Config, accelerator, figures: dict) -> None:
 
 
 def main() -> None:
-    began, config = time.time(), parse(sys.argv[1:])
+    began = time.time()
+    config = parse(sys.argv[1:])
     try:
         accelerator = make_accelerator(config)
         config = open_run(config, accelerator)

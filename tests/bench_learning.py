@@ -289,7 +289,7 @@ def measure(student: ffr.Student, questions: list, teach) -> dict:
 # --- what the arms do differently ---
 ONE_ROUND = ffr.find_fix_reason
 NOT_ASKED = TeacherError("not asked", "this arm repairs only where a whole group failed")
-train.HELPLESS = 10**6  # that arm may not ask for many steps
+train.STEPS_WITHOUT_PATCH = 10**6  # that arm may not ask for many steps
 
 
 def change(arm: str, patch, case, rng: random.Random):
@@ -385,7 +385,7 @@ class Run:
         self.student = train.load_student(self.config, self.accelerator)
         self.samples = data.load_samples(self.config.data)
         held_out = data.load_samples(str(self.folder / "held_out/records.jsonl"))
-        # A scripted brain does not look at the frames that it is shown: two will do.
+        # A scripted teacher does not look at the frames that it is shown: two will do.
         shown = replace(self.config, num_frames=2)
         evidence = {s.id: s.truth["evidence"] for s in self.samples + held_out}
         gate = (lambda patch, case: None) if job.arm == "leaking teacher" else reward.gate

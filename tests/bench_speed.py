@@ -158,11 +158,11 @@ def setting(shape: dict, beta=0.0):
     return accelerator, student, questions, optimizer
 
 
-def brain(seconds: float, talks: list, _: float) -> list:
+def slow_chat(seconds: float, conversations: list, _: float) -> list:
     """A teacher that takes its time, eight requests side by side, and then points at a moment, each
     time at another, by a frame."""
-    time.sleep(seconds * -(-len(talks) // 8))
-    moments = [next(MOMENTS) for _ in talks]
+    time.sleep(seconds * -(-len(conversations) // 8))
+    moments = [next(MOMENTS) for _ in conversations]
     patches = [
         {"content": "look there", "key_frames": [k], "temporal_markers": [[k, k + 1]]}
         for k in moments
@@ -192,18 +192,22 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
         if latency is None
         else partial(
             teacher.diagnose,
-            chat=partial(brain, latency),
+            chat=partial(slow_chat, latency),
             gate=lambda *_: None,
             num_frames=2,
         )
     )
     with half_right():
         groups = ffr.find_fix_reason(student, questions, c.num_rollouts, ask, 0.3, 0.0, (0,))
-    middle, rollouts = time.perf_counter(), [r for group in groups for r in group]
-    assert latency is None or sum(r.repaired is not None for r in rollouts) == len(rollouts) // 2
-    for k, chosen in enumerate(rollouts):
-        chosen.advantage = 1.0 - 2.0 * (k % 2)
-    total = sum(len(r.chosen.completion.ids) for r in rollouts)
+    middle = time.perf_counter()
+    members = ffr.flat(groups)
+    assert (
+        latency is None
+        or sum(member.repaired is not None for member in members) == len(members) // 2
+    )
+    for k, member in enumerate(members):
+        member.advantage = 1.0 - 2.0 * (k % 2)
+    total = sum(len(member.chosen.completion.ids) for member in members)
     batch = grpo.Batch(*ffr.episodes(groups), total)
     objective = grpo.Objective(
         beta=0.0, rollouts_at_once=c.rollouts_at_once, row_tokens=c.row_tokens
@@ -211,7 +215,7 @@ def ours(accelerator, student, questions, optimizer, latency=None, clock=None):
     grpo.update(accelerator, student.model, optimizer, batch, student.sampling, objective)
     if clock is not None:
         clock["round"], clock["update"] = middle - began, time.perf_counter() - middle
-    return rollouts
+    return members
 
 
 # --- baselines ---

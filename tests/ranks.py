@@ -110,7 +110,7 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
     every call, and one of rank 0's records does not open. Returns rollouts and figures."""
     rank = accelerator.process_index
     chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
-    brain = chat if rank else raising
+    replies = chat if rank else raising
     questions = [ffr.open_question(student, s) for s in samples[rank * 2 : rank * 2 + 2]]
     if rank == 0:
         questions[1] = replace(questions[0], is_placeholder=True)
@@ -118,7 +118,7 @@ def lopsided_step(accelerator, student, samples, model, optimizer):
         student,
         questions,
         num_rollouts=2,
-        teacher=lambda cases: teacher.diagnose(cases, brain, reward.gate),
+        teacher=lambda cases: teacher.diagnose(cases, replies, reward.gate),
         kappa=0.3,
         lam=0.1,
         seed=(0, 0),
@@ -173,8 +173,8 @@ def raises(folder, out):
         config = replace(student.view, out=f"{out}-{name}", max_steps=4, questions_per_device=3)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         broken = name == "raising" and accelerator.process_index == 1
-        brain = raising if broken else chat
-        teach = train.partial(teacher.diagnose, chat=brain, gate=reward.gate)
+        replies = raising if broken else chat
+        teach = train.partial(teacher.diagnose, chat=replies, gate=reward.gate)
         history = train.train(
             config,
             accelerator,

@@ -253,11 +253,11 @@ def test_good_clips_are_fine_where_the_machine_has_fewer_cores_than_it_says(tmp_
     path = tmp_path / "large.mp4"
     encode(str(path), width=1280, height=720, rate=Fraction(30), frames=600, gaps=None)
     began = time.monotonic()
-    data.look_at([str(path)], 16)
+    data.open_videos([str(path)], 16)
     patience = 1.5 * (time.monotonic() - began) + 1
     copies = [str(shutil.copy(path, tmp_path / f"{k}.mp4")) for k in range(12)]
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
-    facts = data.look_at(copies, 16, patience)
+    facts = data.open_videos(copies, 16, patience)
     assert facts == dict.fromkeys(copies, (600, pytest.approx(599 / 30, abs=1e-3)))
 
 

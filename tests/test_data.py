@@ -397,8 +397,10 @@ def test_videos_that_the_check_has_opened_are_trusted_until_they_change(
 ):
     file = write(tmp_path, [GOOD])
     samples = data.load_samples(file)
-    opened, look_at = [], data.look_at
-    monkeypatch.setattr(data, "look_at", lambda p, *a, **k: opened.append(p) or look_at(p, *a, **k))
+    opened, open_videos = [], data.open_videos
+    monkeypatch.setattr(
+        data, "open_videos", lambda p, *a, **k: opened.append(p) or open_videos(p, *a, **k)
+    )
     data.refuse_broken(samples, file)
     data.check(file, "", 4, 60.0)
     data.refuse_broken(samples, file)

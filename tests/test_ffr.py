@@ -38,10 +38,8 @@ def test_question_text_is_the_same_with_and_without_a_patch(student, questions, 
     helped = ffr.render_question(student, question.sample, parts)
     turn = plain[: plain.index("<|im_end|>")]
     assert question.sample.question in turn and helped.startswith(turn) and len(helped) > len(plain)
-    ids, patched = (
-        question.prompt["input_ids"][0],
-        ffr.encode(student, question, patch)["input_ids"][0],
-    )
+    ids = question.prompt["input_ids"][0]
+    patched = ffr.encode(student, question, patch)["input_ids"][0]
     end = ids.tolist().index(student.processor.tokenizer.eos_token_id)
     assert ids[:end].tolist() == patched[:end].tolist()
 
@@ -103,11 +101,8 @@ def test_patch_pictures_show_original_frames_with_the_region_drawn(questions):
         spans=[(4, 5)],
         regions=[Region(4, (0.25, 0.25, 0.75, 0.5), "it")],
     )
-    text, frame, crop = (
-        p
-        for p in ffr.render_patch(patch, video, 0.5)
-        if p["type"] != "text" or p["text"].startswith("Evidence")
-    )
+    text, *parts = ffr.render_patch(patch, video, 0.5)
+    frame, crop = (part for part in parts if part["type"] == "image")
     assert "Moments: <2.2 seconds>" in text["text"] and "Region <2.0 seconds>: it" in text["text"]
     assert frame["image"].size == (128, 128) and crop["image"].size == (64, 32)
     assert frame["image"].getpixel((32, 40)) == (255, 0, 0)  # on the region's edge
@@ -126,8 +121,8 @@ def test_long_span_is_given_by_both_ends(questions):
     assert "<1.0 seconds> to <4.5 seconds>" in text
 
 
-def ids_of(chosen):
-    return chosen.chosen.completion.ids.tolist()
+def ids_of(member):
+    return member.chosen.completion.ids.tolist()
 
 
 def answer(student, prompt, seed):
@@ -138,15 +133,15 @@ def answer(student, prompt, seed):
 def test_repaired_rollouts_take_the_failed_ones_places(student, questions, teach):
     groups = run(student, questions[:2], teach)
     for question, group in zip(questions, groups):
-        for place, rollout in enumerate(group):
-            assert not rollout.unaided.score.correct and rollout.repaired is not None
+        for place, member in enumerate(group):
+            assert not member.unaided.score.correct and member.repaired is not None
             first = answer(student, question.prompt, (SEED, question.sample.id, place, "first"))
-            assert rollout.unaided.completion.ids.tolist() == first.ids.tolist()
-            assert rollout.unaided.prompt is question.prompt
-            repaired = rollout.repaired
+            assert member.unaided.completion.ids.tolist() == first.ids.tolist()
+            assert member.unaided.prompt is question.prompt
+            repaired = member.repaired
             assert "pixel_values" in repaired.prompt  # the patched prompt, with its pictures
             again = answer(student, repaired.prompt, (SEED, question.sample.id, place, "again"))
-            assert rollout.chosen.completion.ids.tolist() == again.ids.tolist()
+            assert member.chosen.completion.ids.tolist() == again.ids.tolist()
 
 
 def test_right_rollouts_are_left_alone(student, questions, teach, monkeypatch):
@@ -232,10 +227,10 @@ def test_teacher_that_always_declines_is_plain_grpo(student, questions):
 
 def test_patch_over_the_prompt_limit_costs_the_repair(student, questions, teach):
     longest = questions[0].prompt["input_ids"].shape[1]
-    (rollout,) = run(
+    (member,) = run(
         with_view(student, max_prompt_length=longest), questions[:1], teach, rollouts=1
     )[0]
-    assert rollout.repaired is None and rollout.error.cause == "prompt"
+    assert member.repaired is None and member.error.cause == "prompt"
 
 
 def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
@@ -244,8 +239,8 @@ def test_prompt_over_the_limit_is_refused_not_cut(student, samples):
 
 
 def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
-    rollout = run(student, questions[:1], teach)[0][0]
-    text = ffr.draw_repair(rollout, 0.3, 0.1, tmp_path / "repairs" / "a.png")
+    member = run(student, questions[:1], teach)[0][0]
+    text = ffr.draw_repair(member, 0.3, 0.1, tmp_path / "repairs" / "a.png")
     picture = Image.open(tmp_path / "repairs" / "a.png")
     assert (tmp_path / "repairs" / "a.txt").read_text(encoding="utf-8").strip() == text
     order = [
@@ -259,7 +254,7 @@ def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     ]
     places = [text.index(heading) for heading in order]
     assert places == sorted(places)
-    assert f"= {rollout.reward:.2f}" in text and questions[0].sample.answer in text
+    assert f"= {member.reward:.2f}" in text and questions[0].sample.answer in text
     assert picture.width == 1200 and 600 < picture.height < 2400
 
 
@@ -269,10 +264,10 @@ def test_repair_picture_shows_no_picture_that_the_student_did_not_get(
     shown, draw = [], ffr.draw_page
     monkeypatch.setattr(ffr, "draw_page", lambda parts: shown.append(parts) or draw(parts))
     for pictures in (True, False):
-        (chosen,) = run(
+        (member,) = run(
             with_view(student, patch_pictures=pictures), questions[:1], teach, rollouts=1
         )[0]
-        ffr.draw_repair(chosen, 0.3, 0.1, tmp_path / "a.png")
+        ffr.draw_repair(member, 0.3, 0.1, tmp_path / "a.png")
     (_, words, pictures), (_, bare_words, no_pictures) = (sections[4] for sections in shown)
     assert len(pictures) > 0 and no_pictures == []
     assert bare_words.startswith(words.split("Region")[0])

@@ -73,19 +73,9 @@ def test_loss_equals_an_independent_implementation():
 
 
 def test_empty_batch_has_a_finite_loss():
-    zeros = torch.zeros(2, 3)
-    assert (
-        grpo.grpo_loss(
-            zeros,
-            old_logps=zeros,
-            ref_logps=None,
-            advantages=torch.ones(2),
-            mask=zeros,
-            total_tokens=0,
-            beta=0.0,
-        ).item()
-        == 0
-    )
+    zeros, advantages = torch.zeros(2, 3), torch.ones(2)
+    loss = grpo.grpo_loss(zeros, zeros, None, advantages, mask=zeros, total_tokens=0, beta=0.0)
+    assert loss.item() == 0
 
 
 def mixed_prompts(student, questions):
@@ -98,14 +88,8 @@ def mixed_prompts(student, questions):
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_sampled_logps_equal_scored_logps(student, questions, top_p):
     prompts = mixed_prompts(student, questions)
-    sampling = grpo.Sampling(
-        temperature=0.7,
-        top_p=top_p,
-        max_completion_length=12,
-        eos_ids=student.sampling.eos_ids,
-        pad_id=student.sampling.pad_id,
-        suppressed_ids=student.sampling.suppressed_ids,
-    )
+    changes = {"temperature": 0.7, "top_p": top_p, "max_completion_length": 12}
+    sampling = replace(student.sampling, **changes)
     done = sampled(student, prompts, [1, 2, 3, 4], sampling)
     batched, mask = scored(student.model, prompts, [c.ids for c in done], sampling)
     assert len({p["input_ids"].shape[1] for p in prompts}) > 1  # so there is left padding
@@ -129,14 +113,8 @@ def test_a_rollout_does_not_depend_on_its_batch(student, questions):
 
 def test_sampling_follows_the_policy(student, questions):
     """4,000 first tokens against their probabilities; a right sampler fails one run in 10^6."""
-    sampling = grpo.Sampling(
-        temperature=1.0,
-        top_p=1.0,
-        max_completion_length=1,
-        eos_ids=student.sampling.eos_ids,
-        pad_id=student.sampling.pad_id,
-        suppressed_ids=student.sampling.suppressed_ids,
-    )
+    changes = {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 1}
+    sampling = replace(student.sampling, **changes)
     done = sampled(student, [questions[0].prompt] * 4000, list(range(4000)), sampling)
     counts = torch.bincount(torch.stack([c.ids[0] for c in done]), minlength=200).float()
     likely = counts.argmax()
@@ -374,10 +352,8 @@ def test_equal_rewards_teach_exactly_nothing_even_where_their_mean_is_rounded(si
 
 def test_a_completion_is_finished_exactly_where_an_end_was_sampled(student, questions):
     """Every id an end: one token, the end itself, which counts. No id an end: all tokens there are."""
-    prompts, every = (
-        [questions[0].prompt, questions[1].prompt],
-        range(student.model.lm_head.out_features),
-    )
+    prompts = [question.prompt for question in questions[:2]]
+    every = range(student.model.lm_head.out_features)
     for eos_ids, length in ((tuple(every), 1), ((), 5)):
         sampling = replace(student.sampling, eos_ids=eos_ids)
         sampling.max_completion_length = 5

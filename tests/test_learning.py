@@ -45,12 +45,7 @@ def test_reward_only_trains_the_failed_tokens_with_the_repaired_reward():
 @pytest.mark.parametrize(
     "score, reward, tokens, expected",
     [
-        (
-            RIGHT,
-            1.7,
-            "repaired tokens",
-            1.7,
-        ),  # R + R_fmt - kappa is above the failed answer's 0 + 1
+        (RIGHT, 1.7, "repaired tokens", 1.7),  # R + R_fmt - κ is above the failed answer's 0 + 1
         (WRONG, 0.7, "failed tokens", 1.0),
         (RIGHT, 1.0, "failed tokens", 1.0),  # kappa 1: equal, so the unaided one
     ],

@@ -101,7 +101,7 @@ def with_another_rank(monkeypatch, rewards, length):
     monkeypatch.setattr(train, "gather_object", both)
 
 
-def test_batch_std_is_of_all_ranks_less_the_stand_ins(
+def test_batch_std_is_of_all_ranks_without_placeholders(
     make_config, accelerator, samples, some_right, monkeypatch
 ):
     broken = [data.Sample(**vars(samples[0]) | {"path": str(ROOT / "README.md")}), samples[1]]

@@ -1,4 +1,4 @@
-"""The remote brain against a real HTTP server on loopback, and what each of its faults costs."""
+"""The remote teacher against a real HTTP server on loopback, and what each of its faults costs."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, samples):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.brain = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+        self.chat = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
         self.guess = "<answer>no idea</answer>"
         self.reset()
 
@@ -55,7 +55,7 @@ class Endpoint(ThreadingHTTPServer):
 
     def reply(self, messages):
         """What a good teacher says: in the blind test, which has one message, a guess."""
-        return self.guess if len(messages) == 1 else self.brain([messages], 1.0)[0][0]
+        return self.guess if len(messages) == 1 else self.chat([messages], 1.0)[0][0]
 
     def handle_error(self, request, client_address):
         pass  # a client that stopped waiting

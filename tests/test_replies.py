@@ -5,7 +5,7 @@ import time
 
 import pytest
 import test_teacher
-from test_teacher import brain, diagnose, make_case
+from test_teacher import diagnose, make_case, saying
 
 import teacher
 from teacher import Case, EvidencePatch, Region
@@ -140,7 +140,7 @@ REPLIES = {
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_reply_gives_the_patch_that_a_person_would_read(name):
-    (patch,) = diagnose([make_case(video=Clip())], brain(REPLIES[name]))
+    (patch,) = diagnose([make_case(video=Clip())], saying(REPLIES[name]))
     assert isinstance(patch, EvidencePatch), patch
     assert patch.guidance == "look at the square" and patch.key_frames == [3]
     assert patch.spans == [(2, 4)] and patch.error_type in ("spatial", "temporal")
@@ -154,27 +154,29 @@ def test_box_in_pixels_is_of_the_picture_that_the_teacher_was_shown():
 
     for video, box in ((Clip(), [12.8, 25.6, 64, 76.8]), (Large(), [63, 127, 317, 380])):
         text = body(region={"frame": 3, "bbox_2d": box, "label": "square"})
-        (patch,) = diagnose([make_case(video=video)], brain(text))
+        (patch,) = diagnose([make_case(video=video)], saying(text))
         assert patch.regions[0].box == pytest.approx(BOX, abs=0.002)
-        chat = brain(f"TOOL_CALL: zoom_region(3, {box})", PLAIN)
+        chat = saying(f"TOOL_CALL: zoom_region(3, {box})", PLAIN)
         diagnose([make_case(video=video)], chat)
         assert "region 0.10 0.20 0.50 0.60" in chat.seen[1][0][-1]["content"][0]["text"]
 
 
 def test_box_a_little_over_the_edge_is_cut_to_it():
     for box in ([0.1, 0.2, 1.02, 0.6], [100, 200, 1010, 600]):
-        (patch,) = diagnose([make_case(video=Clip())], brain(body(region={**LABELLED, "box": box})))
+        (patch,) = diagnose(
+            [make_case(video=Clip())], saying(body(region={**LABELLED, "box": box}))
+        )
         assert patch.regions[0].box == (0.1, 0.2, 1.0, 0.6)
 
 
 def test_null_is_no_word():
     text = body(content=None, region={**LABELLED, "what": None}).replace("}}", "},}")
-    (patch,) = diagnose([make_case(video=Clip())], brain(text))
+    (patch,) = diagnose([make_case(video=Clip())], saying(text))
     assert patch.guidance == "" and patch.regions[0].what == ""
 
 
 def test_one_frame_past_the_end_is_the_last():
-    (patch,) = diagnose([make_case(video=Clip())], brain(body(frames=[16], markers=[[14, 16]])))
+    (patch,) = diagnose([make_case(video=Clip())], saying(body(frames=[16], markers=[[14, 16]])))
     assert patch.key_frames == [15] and patch.spans == [(14, 15)]
 
 
@@ -208,7 +210,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tool_call_is_read_as_models_write_it(name):
-    chat = brain(CALLS[name], PLAIN)
+    chat = saying(CALLS[name], PLAIN)
     (patch,) = diagnose([make_case(video=Clip())], chat)
     assert len(patch.transcript) == 1 and "failed" not in patch.transcript[0]
     assert chat.seen[1][0][-1]["content"][0]["text"] == "frame 3 (1.50 s)"
@@ -219,7 +221,7 @@ def test_a_fourth_tool_is_one_entry(monkeypatch):
         return [teacher.text_part(case.record["subtitles"])]
 
     monkeypatch.setitem(teacher.TOOLS, "get_subtitles", get_subtitles)
-    chat = brain("TOOL_CALL: get_subtitles()", PLAIN)
+    chat = saying("TOOL_CALL: get_subtitles()", PLAIN)
     diagnose([make_case(record={"subtitles": "mind the gap"})], chat)
     assert "TOOL_CALL: get_subtitles()" in chat.seen[0][0][0]["content"]
     assert chat.seen[1][0][-1]["content"][0]["text"] == "mind the gap"

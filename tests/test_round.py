@@ -75,7 +75,7 @@ def test_different_patches_of_one_question_have_prompts_of_their_own(student, qu
     assert not torch.equal(prompts[1]["pixel_values"], prompts[2]["pixel_values"])
 
 
-def test_stand_ins_reach_no_teacher_and_train_nothing(student, questions):
+def test_placeholders_reach_no_teacher_and_train_nothing(student, questions):
     broken = replace(questions[1], is_placeholder=True)
     asked = []
 
@@ -86,8 +86,8 @@ def test_stand_ins_reach_no_teacher_and_train_nothing(student, questions):
     asked_of = [questions[0], broken]
     groups = round_of(student, asked_of, teach)
     assert asked == [questions[0].sample.id] * 2
-    for chosen, advantage in zip(ffr.flat(groups), [1.0, -1.0, 1.0, -1.0]):
-        chosen.advantage = advantage
+    for member, advantage in zip(ffr.flat(groups), [1.0, -1.0, 1.0, -1.0]):
+        member.advantage = advantage
     _, episodes = ffr.episodes(groups)
     assert [episode.weight for episode in episodes] == [1.0, 1.0, 0.0, 0.0]
     assert [episode.advantage for episode in episodes] == [1.0, -1.0, 0.0, 0.0]
@@ -105,8 +105,8 @@ def test_a_moment_counts_as_cited_within_half_the_spacing(student, questions, mo
     for time in (1.70, 1.80, 2.25, 2.70, 2.80):
         said = f"<think> at <{time:.2f} seconds> </think><answer>x</answer>"
         monkeypatch.setattr(ffr, "decode", lambda *_: said)
-        ((chosen,),) = round_of(student, questions[:1], lambda cases: [patch], rollouts=1)
-        align[time] = chosen.align
+        ((member,),) = round_of(student, questions[:1], lambda cases: [patch], rollouts=1)
+        align[time] = member.align
     assert align == {1.70: 0.0, 1.80: 1.0, 2.25: 1.0, 2.70: 1.0, 2.80: 0.0}
 
 

@@ -27,17 +27,18 @@ from teacher import EvidencePatch
 
 def interrupting(samples, at):
     """The scripted teacher; while the round waits for its replies of step `at`, Ctrl-C comes."""
-    chat, steps, sent = teacher.scripted({s.id: s.truth["evidence"] for s in samples}), [], []
+    scripted = teacher.scripted({s.id: s.truth["evidence"] for s in samples})
+    steps, sent = [], []
 
-    def brain(talks, seconds):
+    def chat(conversations, seconds):
         if len(steps) == at and not sent:
             sent.append(os.kill(os.getpid(), signal.SIGINT))
             time.sleep(0.3)
-        return chat(talks, seconds)
+        return scripted(conversations, seconds)
 
     def ask(cases, **more):
         steps.append(cases)
-        return teacher.diagnose(cases, brain, reward.gate, **more)
+        return teacher.diagnose(cases, chat, reward.gate, **more)
 
     return ask
 
@@ -186,18 +187,18 @@ def test_tiny_mode_does_not_replace_another_run(monkeypatch, tmp_path):
 def test_users_number_of_threads_counts_also_behind_a_launcher(monkeypatch):
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: range(16))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(train, "of_launcher", lambda what: "")
-    assert train.threads_of(2) == 3
-    monkeypatch.setattr(train, "of_launcher", lambda what: "HOME=/ OMP_NUM_THREADS=2 LANG=C")
-    assert train.threads_of(2) == 2
-    monkeypatch.setattr(train, "of_launcher", lambda what: "HOME=/ MY_OMP_NUM_THREADS=2 LANG=C")
-    assert [train.threads_of(n) for n in (1, 4, 8, 32)] == [4, 4, 2, 1]
+    monkeypatch.setattr(train, "read_launcher", lambda what: "")
+    assert train.threads_per_process(2) == 3
+    monkeypatch.setattr(train, "read_launcher", lambda what: "HOME=/ OMP_NUM_THREADS=2 LANG=C")
+    assert train.threads_per_process(2) == 2
+    monkeypatch.setattr(train, "read_launcher", lambda what: "HOME=/ MY_OMP_NUM_THREADS=2 LANG=C")
+    assert [train.threads_per_process(n) for n in (1, 4, 8, 32)] == [4, 4, 2, 1]
     for nothing in ("0", ""):
         monkeypatch.setenv("OMP_NUM_THREADS", nothing)
-        assert train.threads_of(16) == 1
+        assert train.threads_per_process(16) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(train, "of_launcher", lambda what: "")
-    assert train.threads_of(8) == 2
+    monkeypatch.setattr(train, "read_launcher", lambda what: "")
+    assert train.threads_per_process(8) == 2
 
 
 def launch(*arguments, **environment):
@@ -280,25 +281,25 @@ def test_reliance_by_completion_logps(student, questions, teach):
     )
     groups[1][1].repaired = None
     ffr.measure_reliance(student, groups)
-    for chosen in ffr.flat(groups)[:3]:
-        ids = chosen.repaired.completion.ids
-        prompts = (chosen.question.prompt, chosen.repaired.prompt)
+    for member in ffr.flat(groups)[:3]:
+        ids = member.repaired.completion.ids
+        prompts = (member.question.prompt, member.repaired.prompt)
         bare, patched = (
             grpo.completion_logps(student.model, prompt, ids, student.sampling).mean()
             for prompt in prompts
         )
-        assert chosen.reliance == pytest.approx(float(bare - patched), abs=1e-4)
-        assert abs(chosen.reliance) > 1e-4
+        assert member.reliance == pytest.approx(float(bare - patched), abs=1e-4)
+        assert abs(member.reliance) > 1e-4
     assert groups[1][1].reliance == 0
 
 
 def test_each_fourth_picture_is_of_a_repair_that_did_not_help(tmp_path, monkeypatch, student):
-    def chosen_with(correct: bool | None) -> ffr.Member:
+    def member_with(correct: bool | None) -> ffr.Member:
         rollout = ffr.Rollout({}, None, "", Score(0.0, 0.0, bool(correct)))
         return ffr.Member(question, 0, rollout, repaired=None if correct is None else rollout)
 
-    def draw(chosen, kappa, lam, file):
-        shown.append(chosen.repaired.score.correct)
+    def draw(member, kappa, lam, file):
+        shown.append(member.repaired.score.correct)
         file.parent.mkdir(exist_ok=True)
         file.with_suffix(".txt").touch()
 
@@ -313,13 +314,13 @@ def test_each_fourth_picture_is_of_a_repair_that_did_not_help(tmp_path, monkeypa
     config = train.replace(student.view, out=str(tmp_path))
     nobody = dict.fromkeys(train.Run._fields)
     run, shown = train.Run(**nobody | {"config": config, "steps": 8}), []
-    both = [[chosen_with(None), chosen_with(False), chosen_with(True)]]
+    both = [[member_with(None), member_with(False), member_with(True)]]
     for step in range(1, 9):
         train.show_repair(run, both, step)
     assert shown == [True, True, True, False] * 2  # eight in a run
     assert len([*tmp_path.glob("repairs/step-*-a_b.txt")]) == 8
-    train.show_repair(run, [[chosen_with(None)]], step=99)
-    train.show_repair(run, [[chosen_with(False)]], step=99)  # better than no picture
+    train.show_repair(run, [[member_with(None)]], step=99)
+    train.show_repair(run, [[member_with(False)]], step=99)  # better than no picture
     assert shown[8:] == [False]
 
 

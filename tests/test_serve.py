@@ -1,4 +1,4 @@
-"""The remote brain against a server that is not ours: `transformers serve` with a tiny model."""
+"""The remote teacher against a server that is not ours: `transformers serve` with a tiny model."""
 
 import importlib.util
 import os

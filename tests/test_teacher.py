@@ -1,4 +1,4 @@
-"""The protocol around any brain: tools, reply, limits, leak gate, and what goes wrong."""
+"""The protocol around any `Chat`: tools, reply, limits, leak gate, and what goes wrong."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from teacher import Case, EvidencePatch, TeacherError, run_tool
 
 
 def diagnose(cases, chat, cache="", **settings):
-    chat = teacher.cached(chat, cache, "a brain", Counter()) if cache else chat
+    chat = teacher.cached(chat, cache, "a model", Counter()) if cache else chat
     return teacher.diagnose(cases, chat, reward.gate, **settings)
 
 
@@ -77,8 +77,8 @@ def patch_json(
     return f"<think>so</think><answer>{body}</answer>"
 
 
-def brain(*texts):
-    """A brain that says these texts in turn, and keeps the conversations it was given."""
+def saying(*texts):
+    """A `Chat` that says these texts in turn, and keeps the conversations it was given."""
     talks_seen = []
 
     def chat(talks, seconds):
@@ -121,7 +121,7 @@ def test_bad_tool_calls_are_explained_to_the_teacher(name, arguments, said):
 
 
 def test_tool_loop_hands_pictures_back_and_returns_the_patch():
-    chat = brain("TOOL_CALL: get_frame(4)\nTOOL_CALL: get_frame(99)", patch_json())
+    chat = saying("TOOL_CALL: get_frame(4)\nTOOL_CALL: get_frame(99)", patch_json())
     (patch,) = diagnose([make_case()], chat)
     assert patch.error_type == "temporal" and patch.guidance == "follow the hand"
     assert (patch.key_frames, patch.spans) == ([4], [(4, 6)])
@@ -133,7 +133,7 @@ def test_tool_loop_hands_pictures_back_and_returns_the_patch():
 
 def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_only_if_allowed():
     for shown in (True, False):
-        chat = brain(patch_json())
+        chat = saying(patch_json())
         diagnose([make_case()], chat, show_answer=shown, num_frames=5)
         content = chat.seen[0][0][1]["content"]
         pictures = [red(part) for part in content if part["type"] == "image_url"]
@@ -144,7 +144,7 @@ def test_teacher_starts_from_frames_spread_over_the_clip_and_sees_the_answer_onl
 def test_patch_is_cut_to_size():
     regions = [{"frame": 3, "box": [0, 0, 0.5, 0.5], "what": "x"}] * 5
     text = patch_json("word " * 200, list(range(10)), [[0, 19], [20, 39]], regions)
-    (patch,) = diagnose([make_case()], brain(text))
+    (patch,) = diagnose([make_case()], saying(text))
     assert len(patch.key_frames) == 4 and len(patch.regions) == 2
     assert len(patch.guidance.split()) == 60
     assert sum(b - a + 1 for a, b in patch.spans) <= 10  # 25 % of 40 frames
@@ -155,7 +155,7 @@ def test_patch_does_not_answer_where_or_when():
     regions = [{"frame": 3, "box": [0, 0, 0.5, 0.5]}]
     text = patch_json(regions=regions)
     where, when, what = (
-        diagnose([make_case(question=q)], brain(text))[0]
+        diagnose([make_case(question=q)], saying(text))[0]
         for q in ("On which side is it?", "At about which second does it start?", "What is it?")
     )
     assert where.regions == [] and where.spans
@@ -166,20 +166,20 @@ def test_patch_does_not_answer_where_or_when():
 def test_patch_of_which_nothing_may_be_shown_is_asked_for_once_more():
     only_a_place = patch_json("", (), (), regions=[{"frame": 3, "box": [0, 0, 0.5, 0.5]}])
     where = make_case(question="Where is it?", options=["left", "right"], answer="B")
-    (error,) = diagnose([where], brain(only_a_place, only_a_place))
+    (error,) = diagnose([where], saying(only_a_place, only_a_place))
     assert error.cause == "malformed"
-    (patch,) = diagnose([where], brain(only_a_place, patch_json()))
+    (patch,) = diagnose([where], saying(only_a_place, patch_json()))
     assert patch.key_frames == [4] and patch.regions == []
 
 
 def test_leaking_patch_is_asked_for_once_more_then_reduced():
-    fixed = diagnose([make_case()], brain(patch_json("it is the book"), patch_json()))[0]
+    fixed = diagnose([make_case()], saying(patch_json("it is the book"), patch_json()))[0]
     assert fixed.guidance == "follow the hand" and len(fixed.refusals) == 1
-    stubborn = brain(patch_json("it is the book"), patch_json("yes, a book"))
+    stubborn = saying(patch_json("it is the book"), patch_json("yes, a book"))
     reduced = diagnose([make_case()], stubborn, show_answer=False)[0]  # known though not shown
     assert reduced.guidance == "" and reduced.key_frames == [4] and len(reduced.refusals) == 2
     only_words = patch_json("it is the book", (), ())
-    (error,) = diagnose([make_case()], brain(only_words, only_words))
+    (error,) = diagnose([make_case()], saying(only_words, only_words))
     assert isinstance(error, TeacherError) and error.cause == "leak"
 
 
@@ -202,14 +202,14 @@ def test_leaking_patch_is_asked_for_once_more_then_reduced():
 )
 def test_what_cannot_be_read_is_asked_for_once_more(text):
     """A slip goes back with the reason; the second one is the end."""
-    chat = brain(text, patch_json())
+    chat = saying(text, patch_json())
     (patch,) = diagnose([make_case()], chat)
     assert patch.key_frames == [4] and "malformed" in chat.seen[1][0][-1]["content"][0]["text"]
-    (error,) = diagnose([make_case()], brain(text, text, patch_json()))
+    (error,) = diagnose([make_case()], saying(text, text, patch_json()))
     assert isinstance(error, TeacherError) and error.cause == "malformed"
     assert text[-50:].replace("<|", "< |") in error.detail  # its own words, for the person
     turns = ["TOOL_CALL: get_frame(1)"] * (teacher.MAX_TURNS - 1) + [text]
-    assert diagnose([make_case()], brain(*turns))[0].cause == "malformed"
+    assert diagnose([make_case()], saying(*turns))[0].cause == "malformed"
 
 
 def test_pictures_are_of_the_case_s_own_video():
@@ -218,7 +218,7 @@ def test_pictures_are_of_the_case_s_own_video():
             return Image.new("RGB", (100, 50), (0, 0, 200))
 
     for video, colour in ((Clip(), 0), (Blue(), 200)):
-        chat = brain("TOOL_CALL: get_frame(4)", patch_json())
+        chat = saying("TOOL_CALL: get_frame(4)", patch_json())
         diagnose([make_case(video=video)], chat, num_frames=1)
         opening, answered = chat.seen[0][0][1]["content"], chat.seen[1][0][-1]["content"]
         for part in (opening[2], answered[1]):
@@ -227,19 +227,19 @@ def test_pictures_are_of_the_case_s_own_video():
 
 def test_after_a_leak_the_words_of_regions_go_too():
     region = {"frame": 4, "box": [0, 0, 0.5, 0.5], "what": "the book"}
-    stubborn = brain(patch_json(regions=[region]), patch_json(regions=[region]))
+    stubborn = saying(patch_json(regions=[region]), patch_json(regions=[region]))
     (patch,) = diagnose([make_case()], stubborn)
     assert [region.what for region in patch.regions] == [""] and patch.guidance == ""
 
 
 def test_a_turn_has_four_tool_calls_at_most():
-    chat = brain("TOOL_CALL: get_frame(1)\n" * 9, patch_json())
+    chat = saying("TOOL_CALL: get_frame(1)\n" * 9, patch_json())
     (patch,) = diagnose([make_case()], chat)
     assert patch.transcript == ["get_frame(1)"] * 4
 
 
 def test_a_span_may_be_written_from_its_end():
-    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[6, 4]])))
+    (patch,) = diagnose([make_case()], saying(patch_json(markers=[[6, 4]])))
     assert patch.spans == [(4, 6)]
 
 
@@ -252,7 +252,7 @@ def test_half_a_cache_entry_is_never_found(tmp_path, monkeypatch):
         raise OSError("killed")
 
     monkeypatch.setattr(teacher.Path, "write_text", dies)
-    diagnose([make_case()], brain(patch_json()), cache=str(tmp_path))
+    diagnose([make_case()], saying(patch_json()), cache=str(tmp_path))
     assert not [file for file in tmp_path.iterdir() if not file.suffix]
 
 
@@ -269,7 +269,7 @@ def test_one_case_fails_alone():
     assert isinstance(second, EvidencePatch)
 
 
-def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
+def test_chat_that_raises_hangs_or_miscounts_fails_its_cases():
     def raises(talks, seconds):
         raise ConnectionError("no route")
 
@@ -293,7 +293,7 @@ def test_brain_that_raises_hangs_or_miscounts_fails_its_cases():
     assert diagnose([make_case()], lambda *_: [("TOOL_CALL: get_frame(1)", 0)])[0].cause == "turns"
 
 
-def test_brain_may_raise_a_teacher_error_and_tools_and_clips_may_raise_anything(monkeypatch):
+def test_chat_may_raise_a_teacher_error_and_tools_and_clips_may_raise_anything(monkeypatch):
     def declines(talks, seconds):
         raise TeacherError("declined", "not today")
 
@@ -305,7 +305,7 @@ def test_brain_may_raise_a_teacher_error_and_tools_and_clips_may_raise_anything(
         raise AssertionError("no disk")
 
     monkeypatch.setitem(teacher.TOOLS, "fails", fails)
-    (patch,) = diagnose([make_case()], brain("TOOL_CALL: fails()", patch_json()))
+    (patch,) = diagnose([make_case()], saying("TOOL_CALL: fails()", patch_json()))
     assert patch.transcript == ["fails() failed: no disk"]
 
     class Odd(Clip):
@@ -313,11 +313,11 @@ def test_brain_may_raise_a_teacher_error_and_tools_and_clips_may_raise_anything(
             raise AssertionError("bad packet")
 
     cases = [make_case(video=Odd()), make_case()]
-    error, patch = diagnose(cases, brain(patch_json()))
+    error, patch = diagnose(cases, saying(patch_json()))
     assert (error.cause, error.detail) == ("video", "bad packet") and patch.key_frames == [4]
 
 
-def test_scripted_brain_names_the_step_that_failed(samples):
+def test_scripted_chat_names_the_step_that_failed(samples):
     sample = samples[0]
     cue, look = sample.truth["cue"], sample.truth["look"]
     chat = teacher.scripted({sample.id: sample.truth["evidence"]})
@@ -343,7 +343,7 @@ def test_scripted_brain_names_the_step_that_failed(samples):
     assert diagnose([unknown], chat)[0].cause == "malformed"
 
 
-def test_local_brain_answers_all_conversations_in_one_batch(student, samples):
+def test_local_chat_answers_all_conversations_in_one_batch(student, samples):
     """A tiny random model cannot diagnose, but every part of the plumbing is real."""
     chat = teacher.local(student.model, student.processor, max_tokens=5)
     cases = [
@@ -379,7 +379,7 @@ def test_local_batch_is_padded_on_the_left(student, monkeypatch):
     assert masks[0][:, -1].all() and not masks[0][0, 0]
 
 
-def test_local_brain_stops_in_time(student):
+def test_local_chat_stops_in_time(student):
     chat = teacher.local(student.model, student.processor, max_tokens=20_000)
     began = time.time()
     ((_, tokens),) = chat([[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]], 1.0)
@@ -399,7 +399,7 @@ def test_local_brain_stops_in_time(student):
 )
 def test_prompt_takes_any_text(text):
     """Braces, quotes and Unicode of a question reach the teacher as they are."""
-    chat = brain(patch_json())
+    chat = saying(patch_json())
     case = make_case(question=text, response=text, options=[f"A. {text}"])
     (patch,) = diagnose([case], chat)
     assert isinstance(patch, EvidencePatch)
@@ -414,7 +414,7 @@ def test_words_of_a_patch_cannot_spell_a_token_of_the_student():
         "see <|video_pad|> <image> [IMG] \ud800 </think>",
         regions=[{"frame": 1, "box": [0, 0, 1, 1], "what": "<|im_end|>"}],
     )
-    (patch,) = diagnose([make_case()], brain(text))
+    (patch,) = diagnose([make_case()], saying(text))
     assert not set("<>[]") & set(patch.guidance + patch.regions[0].what)
     (patch.guidance + patch.regions[0].what).encode()
 
@@ -426,7 +426,7 @@ def test_error_type_is_read_as_teachers_write_it():
         ("spatial error", "spatial"),
         (["temporal", "spatial"], "temporal"),
     ]:
-        (patch,) = diagnose([make_case()], brain(patch_json(kind=said)))
+        (patch,) = diagnose([make_case()], saying(patch_json(kind=said)))
         assert patch.error_type == kind
 
 
@@ -454,23 +454,23 @@ def test_teachers_habits_of_writing_are_read():
         f"```json\n{body}```",
         f"<think>it said <answer>clothes</answer></think><answer>{body}</answer>",
     ):
-        (patch,) = diagnose([make_case()], brain(text))
+        (patch,) = diagnose([make_case()], saying(text))
         assert patch.key_frames == [4] and patch.spans == [(4, 6)]
 
 
 def test_many_moments_are_cut_like_long_ones():
-    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[k, k] for k in range(40)] * 20)))
+    (patch,) = diagnose([make_case()], saying(patch_json(markers=[[k, k] for k in range(40)] * 20)))
     assert len(patch.spans) == teacher.MAX_FRAMES
 
 
 def test_short_moments_beside_a_long_one_are_cut_to_size_together():
-    (patch,) = diagnose([make_case()], brain(patch_json(markers=[[0], [0], [0, 17]])))
+    (patch,) = diagnose([make_case()], saying(patch_json(markers=[[0], [0], [0, 17]])))
     assert sum(b - a + 1 for a, b in patch.spans) <= 10  # 25 % of 40 frames
 
 
 def test_leak_on_the_last_turn_is_reduced_too():
     turns = ["TOOL_CALL: get_frame(1)"] * (teacher.MAX_TURNS - 1) + [patch_json("it is the book")]
-    (patch,) = diagnose([make_case()], brain(*turns))
+    (patch,) = diagnose([make_case()], saying(*turns))
     assert patch.guidance == "" and patch.key_frames == [4] and len(patch.refusals) == 1
 
 
@@ -484,7 +484,7 @@ def test_slivers_of_a_frame_are_pictures_that_a_processor_takes(student):
 
 
 def test_spoilt_cache_entries_are_asked_again_and_a_full_disk_costs_the_cache_alone(tmp_path):
-    chat = brain(*[patch_json()] * 20)
+    chat = saying(*[patch_json()] * 20)
     diagnose([make_case()], chat, cache=str(tmp_path / "c"))
     (file,) = (tmp_path / "c").iterdir()
     for spoilt in ("", "null", "3", "[]", "[1]", '{"a": 1}', '{"cause": "x", "y": 1}'):
@@ -511,7 +511,7 @@ def test_failures_hold_no_memory():
     try:
         clip = Clip()
         alive = weakref.ref(clip)
-        verdicts = diagnose([make_case(video=clip)], brain("prose", "prose"))
+        verdicts = diagnose([make_case(video=clip)], saying("prose", "prose"))
         assert isinstance(verdicts[0], TeacherError)
         del clip, verdicts
         assert alive() is None
@@ -519,8 +519,8 @@ def test_failures_hold_no_memory():
         gc.enable()
 
 
-def blind_brain(reads, says=patch_json):
-    """A brain that answers blind questions by `reads(text)` and else says its patch."""
+def blind_chat(reads, says=patch_json):
+    """A `Chat` that answers blind questions by `reads(text)` and else says its patch."""
     asked = []
 
     def chat(talks, seconds):
@@ -536,19 +536,19 @@ def blind_brain(reads, says=patch_json):
 
 
 def test_words_that_answer_the_question_blind_are_asked_for_again_then_left_out():
-    chat = blind_brain(lambda text: "book" if "follow the hand" in text else "no idea")
+    chat = blind_chat(lambda text: "book" if "follow the hand" in text else "no idea")
     (patch,) = diagnose([make_case()], chat, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "" and patch.key_frames == [4] and len(patch.refusals) == 2
     assert [("follow the hand" in text) for text in chat.asked] == [False, True, True]
     assert all("What is put down?" in text and "book" not in text for text in chat.asked)
-    careful = blind_brain(lambda text: "no idea")
+    careful = blind_chat(lambda text: "no idea")
     (patch,) = diagnose([make_case()], careful, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "follow the hand" and not patch.refusals
 
 
-def test_what_a_brain_knows_without_words_is_not_told_by_them():
+def test_what_a_chat_knows_without_words_is_not_told_by_them():
     """Right in any case: the words are not to blame, and not even read."""
-    chat, guessable = blind_brain(lambda text: "<think>hm</think><answer>the book</answer>"), {}
+    chat, guessable = blind_chat(lambda text: "<think>hm</think><answer>the book</answer>"), {}
     cases = [make_case(response=words, answer="the book") for words in "abc"]
     patches = diagnose(cases, chat, answers_correctly=reward.answers_correctly, guessable=guessable)
     assert {patch.guidance for patch in patches} == {"follow the hand"} and [
@@ -579,7 +579,7 @@ def test_one_bad_reply_costs_its_case_alone(tmp_path):
 
 
 def test_patch_without_words_is_not_read_blind():
-    chat = blind_brain(lambda text: "book", lambda: patch_json(""))
+    chat = blind_chat(lambda text: "book", lambda: patch_json(""))
     (patch,) = diagnose(
         [make_case()],
         chat,
@@ -589,7 +589,7 @@ def test_patch_without_words_is_not_read_blind():
     assert patch.key_frames == [4] and chat.asked == []
 
 
-def test_local_brain_that_dies_above_two_conversations_answers_all(student, monkeypatch):
+def test_local_chat_that_dies_above_two_conversations_answers_all(student, monkeypatch):
     """Out of memory: the batch is halved, and only a conversation that fails alone is lost."""
     sizes, generate = [], student.model.generate
 
@@ -632,7 +632,7 @@ teacher.diagnose([make_case()], lambda talks, seconds: time.sleep(60), lambda *_
 
 
 def test_equal_blind_talks_are_asked_once_and_replayed_alike(tmp_path):
-    """A brain that samples would answer them differently: live and replay must not."""
+    """A `Chat` that samples would answer them differently: live and replay must not."""
     answers = iter(["book", "no idea"] * 9)
 
     def chat(talks, seconds):
@@ -640,9 +640,9 @@ def test_equal_blind_talks_are_asked_once_and_replayed_alike(tmp_path):
 
     cases = [make_case(response=words) for words in "abcd"]
     runs = []
-    for brain_or_none in (chat, None):
+    for chat_or_none in (chat, None):
         spent = Counter()
-        ask = teacher.cached(brain_or_none, str(tmp_path), "b", spent)
+        ask = teacher.cached(chat_or_none, str(tmp_path), "b", spent)
         guessable = {("c", "What is put down?"): False}
         runs.append(
             teacher.diagnose(
@@ -653,12 +653,12 @@ def test_equal_blind_talks_are_asked_once_and_replayed_alike(tmp_path):
                 guessable=guessable,
             )
         )
-        assert (spent["calls"] > 0) is (brain_or_none is not None)
+        assert (spent["calls"] > 0) is (chat_or_none is not None)
     assert list(map(repr, runs[0])) == list(map(repr, runs[1]))
     assert len({patch.guidance for patch in runs[0]}) == 1
 
 
-def test_what_failed_is_replayed_and_with_a_brain_asked_again(tmp_path):
+def test_what_failed_is_replayed_and_with_a_chat_asked_again(tmp_path):
     def late(talks, seconds):
         time.sleep(0.4)
         return [(patch_json(), 1)] * len(talks)
@@ -703,13 +703,13 @@ def test_a_gate_that_raises_costs_its_case():
         return {"a": None}[case.response]
 
     cases = [make_case(response=words) for words in "ab"]
-    patch, error = teacher.diagnose(cases, brain(patch_json()), gate)
+    patch, error = teacher.diagnose(cases, saying(patch_json()), gate)
     assert patch.key_frames == [4] and error.cause == "raised" and "KeyError" in error.detail
 
 
 def test_thoughts_of_the_blind_reader_are_not_its_answer():
     said = "<think>the answer is <answer>cup</answer>?</think>\n<answer>book</answer>"
-    chat = blind_brain(lambda text: said if "follow the hand" in text else "no idea")
+    chat = blind_chat(lambda text: said if "follow the hand" in text else "no idea")
     (patch,) = diagnose([make_case()], chat, answers_correctly=reward.answers_correctly)
     assert patch.guidance == "" and len(patch.refusals) == 2
 
@@ -726,6 +726,6 @@ def test_reduced_patch_is_not_lost_to_a_later_failure():
 def test_tool_of_ones_own_takes_quoted_words(monkeypatch):
     monkeypatch.setitem(teacher.TOOLS, "search", lambda case, query: [teacher.text_part(query)])
     for call in ('search("red car")', "search(query='red car')"):
-        chat = brain(f"TOOL_CALL: {call}", patch_json())
+        chat = saying(f"TOOL_CALL: {call}", patch_json())
         diagnose([make_case()], chat)
         assert chat.seen[1][0][-1]["content"][0]["text"] == "red car"

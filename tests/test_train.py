@@ -76,24 +76,25 @@ def test_the_update_gets_the_repaired_tokens_under_the_patched_prompt(
     """Train failed ids with the repaired reward, or score without the patch: this turns red."""
     calls, groups = recorded_update(monkeypatch), recorded_rounds(monkeypatch)
     _, history = train_once(make_config(max_steps=1), accelerator, samples, teach)
-    (call,), rollouts = calls, [r for group in groups[0] for r in group]
+    (call,) = calls
+    members = ffr.flat(groups[0])
     (_, model, _, batch, sampling, *_) = call
     questions, numbers, ids, sampled, advantages, weights = zip(*batch.episodes)
     prompts = [batch.prompts[number] for number in numbers]
-    assert 0 < sum(r.repaired is not None for r in rollouts) < 6
-    for prompt, tokens, rollout in zip(prompts, ids, rollouts):
-        assert tokens.tolist() == rollout.chosen.completion.ids.tolist()
-        assert ("pixel_values" in prompt) == (rollout.repaired is not None)
-        if rollout.repaired:
-            assert tokens.tolist() != rollout.unaided.completion.ids.tolist()
-            assert "pixel_values" not in rollout.unaided.prompt
-    rewards = torch.tensor([r.reward for r in rollouts]).view(2, 3)
+    assert 0 < sum(member.repaired is not None for member in members) < 6
+    for prompt, tokens, member in zip(prompts, ids, members):
+        assert tokens.tolist() == member.chosen.completion.ids.tolist()
+        assert ("pixel_values" in prompt) == (member.repaired is not None)
+        if member.repaired:
+            assert tokens.tolist() != member.unaided.completion.ids.tolist()
+            assert "pixel_values" not in member.unaided.prompt
+    rewards = torch.tensor([member.reward for member in members]).view(2, 3)
     assert [*advantages] == grpo.group_advantages(rewards).flatten().tolist() and any(advantages)
     assert weights == (1.0,) * 6
-    assert all(batch.prompts[k] is r.unaided.prompt for k, r in zip(questions, rollouts))
+    assert all(batch.prompts[k] is member.unaided.prompt for k, member in zip(questions, members))
     # The same policy sampled and scored: the wrong ids, prompt or pixels would show up here.
     assert history[0]["logp_gap"] < 1e-4
-    for wrong in ([r.unaided.prompt for r in rollouts], [blank(p) for p in prompts]):
+    for wrong in ([member.unaided.prompt for member in members], [blank(p) for p in prompts]):
         logps, _ = scored(model, wrong, ids, sampling)
         gaps = [(own - row[: len(own)]).abs().max() for own, row in zip(sampled, logps)]
         assert max(gaps) > 1e-3
@@ -154,13 +155,13 @@ def test_every_record_is_seen_once_an_epoch(make_config, accelerator, samples):
 REFUSALS = {
     "data=": "--model and --data FILE, the records, go together",
     "num_rollouts=1": "--num_rollouts must be 2 or more",
-    "kappa=-0.1": "--kappa, --lam and --beta must be 0 or more",
+    "kappa=-0.1 beta=-1": "--beta, --kappa must be 0 or more",
     "lam=0.3": "--lam must be below --kappa",
     "temperature=0": "--temperature must be above 0",
     "top_p=0": "--top_p must be in",
     "questions_per_device=0 num_frames=0": "--num_frames, --questions_per_device must be 1 or more",
-    "max_steps=-1": "--max_steps, --rollouts_at_once: 0 or more",
-    "learning_rate=-1": "--learning_rate and --epsilon must be 0 or more",
+    "max_steps=-1": "--max_steps must be 0 or more",
+    "learning_rate=-1": "--learning_rate must be 0 or more",
     "teacher=local": "this --teacher needs --teacher_model",
     "teacher=remote": "this --teacher needs --teacher_model",
     "teacher=remote teacher_model=m": "give --teacher_url",
@@ -487,14 +488,16 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 950, "reward": 470, "ffr": 660, "grpo": 570, "data": 720, "train": 880}
+LIMITS = {"teacher": 850, "reward": 400, "ffr": 580, "grpo": 510, "data": 630, "train": 800}
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_files_keep_their_limits(name):
-    """In lines of at most 100 columns, as `ruff format --line-length 100` lays a file out."""
+    """In lines of at most 100 columns, as `ruff format --line-length 100` lays a file out. Blank
+    lines, which a reader needs, cost nothing."""
     lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= LIMITS[name] and max(map(len, lines)) <= 100
+    written = [line for line in lines if line.strip()]
+    assert len(written) <= LIMITS[name] and max(map(len, lines)) <= 100
 
 
 def test_every_setting_is_read():
@@ -503,7 +506,7 @@ def test_every_setting_is_read():
     names = train.Config.__dataclass_fields__.keys() - grpo.Objective.__dataclass_fields__.keys()
     assert len(names) > 40
     for name in names:
-        assert re.search(rf"\b(config|c|settings|view)\.{name}\b", source), name
+        assert re.search(rf"\b(config|settings|view)\.{name}\b", source), name
     objective = (ROOT / "grpo.py").read_text(encoding="utf-8")
     for name in grpo.Objective.__dataclass_fields__:
         assert f"objective.{name}" in objective, name
@@ -515,7 +518,7 @@ def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
     def refuses(cases, usage):
         return [teacher.TeacherError("http_402", "no credit left")] * len(cases)
 
-    monkeypatch.setattr(train, "HELPLESS", 3)
+    monkeypatch.setattr(train, "STEPS_WITHOUT_PATCH", 3)
     config = make_config(max_steps=9)
     with pytest.raises(SystemExit, match="helped nobody in 3 steps.*no credit left.*--resume"):
         train_once(config, accelerator, samples, refuses)
@@ -541,6 +544,6 @@ def test_teacher_that_helps_now_and_then_does_not_stop_the_run(
             return [teacher.TeacherError("busy")] * len(cases)
         return teach(cases)
 
-    monkeypatch.setattr(train, "HELPLESS", 2)
+    monkeypatch.setattr(train, "STEPS_WITHOUT_PATCH", 2)
     _, history = train_once(make_config(max_steps=5), accelerator, samples, every_second)
     assert len(history) == 5
