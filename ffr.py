@@ -16,9 +16,9 @@ A round is `find_fix_reason`:
     reason_again        samples τ*_i ~ π_old(· | x, c_i)
     set_rewards         gives each τ̂_i its R̃_i; κ is taken off where it is a τ*_i
 
-The caller sets the advantages; `episodes` then pairs each τ̂_i with the prompt that it answers. A τ*
-is on-policy only under (x, c), so π_θ, π_old and π_ref all score it there. The file needs its four
-siblings teacher.py, reward.py, grpo.py and data.py, but not train.py.
+The caller sets the advantages; `episodes` then pairs each τ̂_i with the prompt that it answers. A
+τ* is on-policy only under (x, c), so π_θ, π_old and π_ref all score it there. The file needs its
+four siblings teacher.py, reward.py, grpo.py and data.py, but not train.py.
 """
 
 import argparse
