@@ -104,7 +104,7 @@ def refuse_faults(results: list, path: str) -> None:
 
 
 def read_skip_list(file: str, path: str) -> dict[str, str]:
-    """The numbers of the data file's records to leave out, each with its reason."""
+    """Return the numbers of the data file's records to leave out, each with its reason."""
     try:
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
         sha, records = listed["data"], dict(listed["records"])
@@ -116,7 +116,7 @@ def read_skip_list(file: str, path: str) -> dict[str, str]:
 
 
 def digest(path: str) -> str:
-    """The data file's SHA-256."""
+    """Return the data file's SHA-256."""
     return sha256(read_bytes(path)).hexdigest()
 
 
@@ -127,7 +127,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
-    """The records by number, from 1: each a `Sample`, or a `DataError` that says what is wrong."""
+    """Return by number, from 1, each record's `Sample`, or the `DataError` that says why not."""
     content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
     if content.startswith(b"["):
         records = parse_json(content, path)
@@ -165,7 +165,7 @@ def parse_json(text: bytes, where: str):
 
 
 def read_record(record: dict, where: str, root: Path) -> Sample:
-    """The sample of a record. Raises `DataError` if it cannot be asked or answered."""
+    """Return the sample of a record. Raises `DataError` if it cannot be asked or answered."""
 
     def need(fine: object, cause: str, remedy: str) -> None:
         if not fine:
@@ -210,7 +210,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
 
 
 def reference_fault(answer: str, problem_type: str, options: list[str]) -> str | None:
-    """Why no answer can be right by a reference, or None; also None if there is no reward.py."""
+    """Say why no answer can be right by a reference. None if one can, or without reward.py."""
     try:
         from reward import reference_problem
     except ImportError:
@@ -264,14 +264,14 @@ class Video:
         return self.times[index]
 
     def uniform(self, num_frames: int) -> list[int]:
-        """`num_frames` indices, evenly spread from the first frame to the last; all, if fewer."""
+        """Return `num_frames` indices spread evenly from first frame to last; all, if fewer."""
         count, last = min(num_frames, len(self)), len(self) - 1
         if count == 1:
             return [0]
         return [round(k * last / (count - 1)) for k in range(count)]
 
     def frames(self, indices: list[int]) -> list[Image.Image]:
-        """These frames at native size, with square pixels."""
+        """Return these frames at native size, with square pixels."""
         try:
             frames = self._read(list(indices))
         except DataError as fault:
@@ -360,7 +360,7 @@ def end_if_stuck(done: Event, patience: float, tick: float = 0.5) -> None:
 
 
 def open_clip(path: str) -> tuple[list[float], bool, float]:
-    """The time of each frame, whether they must be read in order, and a pixel's width : height."""
+    """Return each frame's time, whether they must be read in order, and a pixel's aspect ratio."""
     header = read_header(path)
     container = "unknown container"  # decord may know it
     for name, magic in CONTAINERS.items():
@@ -397,7 +397,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
 
 
 def name_fault(path: str, container: str, header: bytes, error: str) -> DataError:
-    """Why decord does not open a file, with its container and the codec that its header names."""
+    """Say why decord does not open a file, with its container and the codec in its header."""
     if container == "unknown container":
         return DataError(path, "no video file", "; replace it")
     codec = re.search(CODEC, header, re.DOTALL)
@@ -409,7 +409,7 @@ def name_fault(path: str, container: str, header: bytes, error: str) -> DataErro
 
 
 def read_header(path: str, size: int = 2**16) -> bytes:
-    """The bytes that describe a file's streams: the first ones, and of an MP4 the `moov` box."""
+    """Return the bytes that describe a file's streams: the first ones; of an MP4, its `moov`."""
     with open(path, "rb") as file:
         header = box = file.read(size)
         at = 0
@@ -428,7 +428,7 @@ def read_header(path: str, size: int = 2**16) -> bytes:
 
 
 def pixel_aspect(header: bytes) -> float:
-    """A pixel's width over its height; 1 if the file does not say."""
+    """Return a pixel's width over its height; 1 if the file does not say."""
     pixel = re.search(PIXEL_ASPECT, header, re.DOTALL)
     if not pixel:
         return 1.0
@@ -437,9 +437,9 @@ def pixel_aspect(header: bytes) -> float:
 
 
 def open_reader(path: str) -> decord.VideoReader:
-    """A fresh reader for each request: an idle one keeps decoding into memory, and what a used one
-    returns depends on what it has read. `fault_tol` makes it fail rather than repeat a frame in
-    place of a missing one."""
+    """Return a fresh reader for each request: an idle one keeps decoding into memory, and what a
+    used one returns depends on what it has read. `fault_tol` makes it fail rather than repeat a
+    frame in place of a missing one."""
     return decord.VideoReader(path, num_threads=1, fault_tol=1e-6)
 
 
@@ -461,7 +461,7 @@ def seeks_right(path: str, keys: list[int]) -> bool:
 
 
 def read_frames(path: str, indices: list[int], in_order: bool):
-    """Frames, each (height, width, 3) in uint8, by their index among those that are shown."""
+    """Return frames, each (height, width, 3) in uint8, by their index among those shown."""
     reader = open_reader(path)
     if not in_order:
         return reader.get_batch(indices).asnumpy()
@@ -499,7 +499,7 @@ def open_videos(paths: list[str], num_frames: int = 1, patience: float = PATIENC
 
 
 def stamp(path: str) -> list:
-    """A file's size and time, which tell whether it has changed."""
+    """Return a file's size and time, which tell whether it has changed."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]
 
@@ -614,7 +614,7 @@ def moment_frames(moment: int) -> list[int]:
 
 
 def moment_time(moment: int) -> str:
-    """The time of a moment as the student's processor writes it: the mean of its frames' times."""
+    """Return a moment's time as the student's processor writes it: the mean of its frames'."""
     return f"<{sum(moment_frames(moment)) / FRAMES_PER_MOMENT / NEEDLE_FPS:.1f} seconds>"
 
 
@@ -645,14 +645,14 @@ def needle_videos(folder: str, n: int, seed: int, relations: tuple[int, ...] = (
 
 
 def draw_scene(rng: random.Random) -> tuple[int, int, str, str]:
-    """What a moment shows: the left and top of its square, and the colours of its ring and core."""
+    """Draw at random what a moment shows: left and top of its square, colours of ring and core."""
     left, top = rng.randrange(4, 60), rng.randrange(4, 48)
     ring, core = rng.choices(list(COLOURS), k=2)
     return left, top, ring, core
 
 
 def paint_frame(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> Image.Image:
-    """A frame: the square over noise, which a flash brightens, and a bar that shows the time."""
+    """Paint a frame: the square over noise, brighter if flashed, and a bar that shows the time."""
     x, y, ring, core = scene
     brightness = 195 if flashed else 85
     noise = Image.frombytes("L", (16, 16), rng.randbytes(256))
@@ -666,7 +666,7 @@ def paint_frame(rng: random.Random, scene: tuple, frame: int, flashed: bool) -> 
 
 
 def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> dict:
-    """The record that asks for the colours `relation` moments after the flash, at moment `cue`."""
+    """Return the record that asks for the colours `relation` moments after the flash at `cue`."""
     _, _, ring, core = scenes[cue + relation]
     return {
         "problem_id": name,
@@ -685,7 +685,7 @@ def needle_record(name: str, cue: int, relation: int, scenes: list[tuple]) -> di
 
 
 def needle_evidence(cue: int, look: int, scenes: list[tuple]) -> list[dict]:
-    """For a scripted teacher, in this order: where the flash is, how to count, where to look."""
+    """Return a scripted teacher's evidence: where the flash is, how to count, where to look."""
     x, y, _, _ = scenes[look]
     corners = (x - 4, y - 4, x + 68, y + 68)
     box = [round(corner / NEEDLE_SIZE, 2) for corner in corners]

@@ -65,7 +65,7 @@ from teacher import Case, EvidencePatch, TeacherError, TeacherSettings, load_tea
 # --- what a round works with ---
 @dataclass
 class Student:
-    """π_θ, and how it sees videos and samples answers."""
+    """The student π_θ, with how it sees videos and how it samples answers."""
 
     model: torch.nn.Module  # unwrapped
     processor: object
@@ -75,7 +75,7 @@ class Student:
 
 @dataclass
 class Question:
-    """x: a sample, its video, and the student's view of it."""
+    """A question x: the sample, its video, and the view of it that the student gets."""
 
     sample: Sample
     video: Video
@@ -138,10 +138,10 @@ def find_fix_reason(
     lam: float,
     seed: tuple,
 ) -> list[list[Member]]:
-    """One round for a batch of questions. Returns a group of `num_rollouts` members for each.
+    """Run one round for a batch of questions. Returns a group of `num_rollouts` members for each.
 
     Without a `teacher` this is a round of plain GRPO. Each rollout is seeded by (seed, sample id,
-    index, "first" or "again"), so it does not depend on the others. The caller sets advantages.
+    index, "first" or "again"), so it does not depend on the others. The caller sets the advantages.
     """
     groups = first_pass(student, questions, num_rollouts, seed)
     if teacher is not None:
@@ -173,7 +173,7 @@ def first_pass(
 
 
 def judge(student: Student, question: Question, prompt: dict, completion: Completion) -> Rollout:
-    """Decode a completion and score it: R, R_fmt, and z, whether the answer is right."""
+    """Decode a completion and score it: R, R_fmt, and z, which says whether the answer is right."""
     text, sample = decode(student, completion.ids), question.sample
     return Rollout(prompt, completion, text, score(text, sample.answer, sample.problem_type))
 
@@ -222,8 +222,9 @@ def reason_again(
 
 
 def patched_prompts(student: Student, patched: list[Member]) -> list[tuple[dict, list[Member]]]:
-    """The distinct prompts (x, c_i), each with the members that answer it. If no prompt can be made
-    of a patch (it is too long, or a frame does not decode), its members get an `error` instead."""
+    """Return the distinct prompts (x, c_i), each with the members that answer it. If no prompt can
+    be made of a patch (too long, or a frame does not decode), its members get an `error`
+    instead."""
     by_key = {}
     for member in patched:
         by_key.setdefault(prompt_key(member), []).append(member)
@@ -241,8 +242,8 @@ def patched_prompts(student: Student, patched: list[Member]) -> list[tuple[dict,
 
 
 def set_rewards(groups: list[list[Member]], kappa: float, lam: float) -> None:
-    """Set each member's R̃_i. A first answer that is kept, as it is right or got no patch, earns
-    R + R_fmt. A repair earns R + R_fmt − κ, plus λ · align if it is right."""
+    """Set each member's R̃_i. A first answer that is kept, because it is right or got no patch,
+    earns R + R_fmt. A repair earns R + R_fmt − κ, plus λ · align if it is right."""
     for member in flat(groups):
         repaired_score = None
         if member.repaired is not None:
@@ -257,8 +258,8 @@ def set_rewards(groups: list[list[Member]], kappa: float, lam: float) -> None:
 
 
 def episodes(groups: list[list[Member]]) -> tuple[dict, list[Episode]]:
-    """The round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode` for each
-    τ̂_i under the prompt that it answers: x, or (x, c_i) for a repair."""
+    """Return the round as `grpo.Batch` takes it: the distinct prompts by number, and an `Episode`
+    for each τ̂_i under the prompt that it answers: x, or (x, c_i) for a repair."""
     prompts = {number: group[0].question.prompt for number, group in enumerate(groups)}
     patched_numbers = {}
     trained = []
@@ -284,7 +285,7 @@ def episodes(groups: list[list[Member]]) -> tuple[dict, list[Episode]]:
 
 
 def prompt_key(member: Member) -> tuple[str, str]:
-    """Two patched prompts with the same key are the same prompt."""
+    """Return a key that two patched prompts share exactly if they are the same prompt."""
     return member.question.sample.id, repr(member.patch)
 
 
@@ -297,8 +298,8 @@ def seed_of(*parts) -> int:
 
 
 def decode(student: Student, ids: torch.Tensor) -> str:
-    """A completion's text without EOS, padding and vision tokens. Other special tokens stay, since
-    for some tokenizers <think> and <answer> are such, and the reward looks for these."""
+    """Return a completion's text without EOS, padding and vision tokens. Other special tokens stay:
+    some tokenizers have <think> and <answer> among them, and the reward looks for these."""
     sampling = student.sampling
     dropped = {*sampling.eos_ids, sampling.pad_id, *sampling.suppressed_ids}
     kept = [token for token in ids.tolist() if token not in dropped]
@@ -306,7 +307,7 @@ def decode(student: Student, ids: torch.Tensor) -> str:
 
 
 def case_of(question: Question, response: str) -> Case:
-    """S_i = (x, y, τ_i), which is what the teacher is given."""
+    """Return S_i = (x, y, τ_i), which is what the teacher is given."""
     sample = question.sample
     return Case(
         id=sample.id,
@@ -371,8 +372,8 @@ def open_question(student: Student, sample: Sample) -> Question:
 
 
 def user_turn(text: str, evidence: list[dict]) -> list[dict]:
-    """A user turn: video, question, evidence. The evidence comes last, so that plain and patched
-    prompts begin alike, and rollouts can share that part, with the video in it."""
+    """Return a user turn: video, question, evidence. The evidence comes last, so that plain and
+    patched prompts begin alike and rollouts can share that part, with the video in it."""
     if evidence:
         text += "\n\n"
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
@@ -389,13 +390,13 @@ def question_text(view: View, sample: Sample) -> str:
 
 
 def render_question(student: Student, sample: Sample, evidence: list[dict] = ()) -> str:
-    """The prompt in the model's chat template, up to where its answer begins."""
+    """Return the prompt in the model's chat template, up to where its answer begins."""
     chat = [{"role": "user", "content": user_turn(question_text(student.view, sample), evidence)}]
     return student.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=True) -> list[dict]:
-    """The patch as parts of a chat: its text, then each picture behind its label."""
+    """Return the patch as parts of a chat: its text, then each picture behind its label."""
     parts = [{"type": "text", "text": patch_text(patch, video, spacing, corners=not pictures)}]
     if pictures:
         for label, image in patch_pictures(patch, video, spacing):
@@ -405,7 +406,7 @@ def render_patch(patch: EvidencePatch, video: Video, spacing: float, pictures=Tr
 
 
 def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool) -> str:
-    """The patch in words: moments, regions (with `corners` if no picture shows them), guidance."""
+    """Return the patch in words: moments, regions (with `corners` if not drawn), guidance."""
     lines = [f"Evidence ({patch.error_type}):"]
     if patch.spans:
         moments = [moment_text(patch, video, spacing, *span) for span in patch.spans]
@@ -423,9 +424,9 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
-    """A space and the time of frames `first` to `last`, as Qwen3-VL writes times: a range if longer
-    than the student's frame spacing, else one time. Empty if the patch withholds times, as the
-    question asks for one."""
+    """Return a space and the time of frames `first` to `last`, as Qwen3-VL writes times: a range if
+    longer than the student's frame spacing, else one time. Empty if the patch withholds times,
+    because the question asks for one."""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
@@ -433,8 +434,8 @@ def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> s
 
 
 def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[tuple]:
-    """(label, picture) of each key frame, with its regions drawn, and of each region, cut out. All
-    at native size."""
+    """Return (label, picture) for each key frame, with its regions drawn, and for each region, cut
+    out. All are at native size."""
     frames = {frame: video.frame(frame).copy() for frame in patch.key_frames}
     crops = []
     for region in patch.regions:
@@ -455,8 +456,8 @@ def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[t
 
 
 def encode(student: Student, question: Question, patch: EvidencePatch | None = None) -> dict:
-    """The prompt as model inputs, one row. Raises ValueError if it exceeds `max_prompt_length`
-    tokens, since cutting it would separate vision tokens from their pixels."""
+    """Turn the prompt into model inputs, one row. Raises ValueError if it exceeds
+    `max_prompt_length` tokens, since cutting it would separate vision tokens from their pixels."""
     view, video = student.view, question.video
     evidence = []
     if patch is not None:
@@ -487,8 +488,8 @@ def encode(student: Student, question: Question, patch: EvidencePatch | None = N
 
 
 def stand_in(student: Student, question: Question) -> dict:
-    """A small patched prompt. If parameters are sharded every rank adds one, so that all make the
-    same calls."""
+    """Return a small patched prompt. If parameters are sharded every rank adds one, so that all
+    make the same calls."""
     return encode(student, question, EvidencePatch("temporal", key_frames=[0]))
 
 
@@ -505,7 +506,7 @@ def draw_repair(member: Member, kappa: float, lam: float, file: Path) -> str:
 
 
 def repair_sections(member: Member, kappa: float, lam: float) -> list[tuple]:
-    """(heading, text, labelled pictures) of each step of a repair."""
+    """Return (heading, text, labelled pictures) for each step of a repair."""
     question, patch, repaired = member.question, member.patch, member.repaired
     sample, second_score = question.sample, repaired.score
     problem = "\n".join([sample.question, *sample.options, f"Reference: {sample.answer}"])
@@ -578,9 +579,9 @@ class Query:
 
 
 def settings_parser(classes: list, tiny: dict = {}, **options) -> HfArgumentParser:
-    """A parser for settings dataclasses. Each becomes a group of --help, titled with the first
-    sentence of its docstring. A field's help text is its annotation, then in brackets its default
-    and its default in tiny mode."""
+    """Return a parser for settings dataclasses. Each becomes a group of --help, titled with the
+    first sentence of its docstring. A field's help text is its annotation, then in brackets its
+    default and its default in tiny mode."""
     for settings_class in classes:
         settings_class._argument_group_name = settings_class.__doc__.partition(".")[0]
         hints = get_type_hints(settings_class, include_extras=True)
@@ -597,7 +598,7 @@ def settings_parser(classes: list, tiny: dict = {}, **options) -> HfArgumentPars
 
 
 def explain(arguments: list[str]) -> None:
-    """One round on a video of your own. Prints what is repaired and draws it as OUT/why.png."""
+    """Run one round on a video of your own. Prints what is repaired and draws it as OUT/why.png."""
     config = read_query(arguments)
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -638,7 +639,7 @@ def explain(arguments: list[str]) -> None:
 
 
 def read_query(arguments: list[str]) -> argparse.Namespace:
-    """The command's settings; exits with one sentence where they make no sense."""
+    """Read the command's settings; exit with one sentence if they make no sense."""
     classes = [Query, View, Method, SamplingSettings, TeacherSettings]
     usage = "ffr.py VIDEO --question Q --answer A --model M --teacher_model T [settings]"
     parser = settings_parser(classes, prog="ffr.py", usage=usage, description=explain.__doc__)
@@ -656,7 +657,7 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
 
 
 def checks_of_round(config) -> list[tuple]:
-    """(is it refused, why) for each rule on the settings of a round, a student and a teacher."""
+    """Return (is it refused, why) for each rule on the settings of a round, student and teacher."""
     kappa, lam = config.kappa, config.lam
     nameless = config.teacher != "scripted" and not config.teacher_model
     nowhere = config.teacher == "remote" and not config.teacher_url + config.teacher_cache

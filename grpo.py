@@ -154,7 +154,7 @@ def generate(model, prompts: list[dict], seeds: list[list[int]], sampling: Sampl
 
 
 def uniform_numbers(seeds: list[list[int]], length: int) -> Tensor:
-    """`length` random numbers in [0, 1) for each of B seeds: (length, B, 1)."""
+    """Return `length` random numbers in [0, 1) for each of B seeds: (length, B, 1)."""
     generators = [torch.Generator().manual_seed(seed) for its_seeds in seeds for seed in its_seeds]
     numbers = [torch.rand(length, 1, generator=generator) for generator in generators]
     return torch.stack(numbers, 1)
@@ -162,7 +162,7 @@ def uniform_numbers(seeds: list[list[int]], length: int) -> Tensor:
 
 # --- scoring, advantages, objective ---
 def completion_logps(model, prompt: dict, ids: Tensor, sampling: Sampling) -> Tensor:
-    """log π_θ(o_t | q, o_<t) of a completion's `ids` (T,) under its prompt: (T,), fp32."""
+    """Return log π_θ(o_t | q, o_<t) of a completion's `ids` (T,) under its prompt: (T,), fp32."""
     model.eval()  # π_old had no dropout
     inputs = extend(prompt, ids[:-1])
     logits = model(**inputs, logits_to_keep=len(ids), use_cache=False).logits[0]  # (T, V)
@@ -170,7 +170,7 @@ def completion_logps(model, prompt: dict, ids: Tensor, sampling: Sampling) -> Te
 
 
 def chosen_logps(logits: Tensor, ids: Tensor, sampling: Sampling) -> Tensor:
-    """log π of each of `ids` (T,), from the logits (T, V) that predict them."""
+    """Return log π of each of `ids` (T,), from the logits (T, V) that predict them."""
     logps = policy_logits(logits, sampling).log_softmax(-1)
     return logps.gather(1, ids[:, None])[:, 0]
 
@@ -286,9 +286,9 @@ def update(accelerator, model, optimizer, batch, sampling, objective, reference=
 
 
 def to_micro_batches(batch: Batch, objective: Objective) -> tuple[dict, list[list[Episode]]]:
-    """The prompts, and the episodes in micro-batches of `rollouts_at_once`, whose gradients add up.
-    Episodes of one question and prompt stand together, so that they can share a row. Without KL,
-    those without a gradient are dropped."""
+    """Return the prompts, and the episodes in micro-batches of `rollouts_at_once`, whose gradients
+    add up. Episodes of one question and prompt stand together, so that they can share a row.
+    Without KL, those without a gradient are dropped."""
     episodes = drop_idle(batch.episodes) if objective.beta == 0 else batch.episodes
     episodes = sorted(episodes, key=attrgetter("question", "prompt"))
     size = objective.rollouts_at_once or len(episodes)
@@ -309,14 +309,14 @@ def drop_idle(episodes: list[Episode]) -> list[Episode]:
 
 
 def token_figures(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, epsilon) -> dict:
-    """What is logged as a mean over tokens, each (B, T): KL (k3), and whether r_t leaves 1 ± ε."""
+    """Return what is logged as a token mean, each (B, T): KL (k3), and whether r_t leaves 1 ± ε."""
     d = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps
     ratio = (logps - old_logps).exp()
     return {"kl": d.exp() - d - 1, "clipped": (ratio - 1).abs() > epsilon}
 
 
 def sampling_gap(episodes: list[Episode], logps: Tensor) -> float:
-    """The largest difference between a log-prob as it was sampled and as it is scored."""
+    """Return the largest difference between a log-prob as it was sampled and as it is scored."""
     gaps = [0.0]
     for episode, scored in zip(episodes, logps):
         if episode.sampled_logps is not None:
@@ -367,7 +367,7 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
 
 
 def load_sampling(settings: SamplingSettings, model, processor) -> Sampling:
-    """The settings with a checkpoint's ids: every EOS ends, vision and padding are suppressed."""
+    """Add a checkpoint's ids to the settings: each EOS ends, vision and padding are suppressed."""
     tokenizer = processor.tokenizer
     eos = model.generation_config.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
@@ -448,7 +448,7 @@ def extend(prompt: dict, ids: Tensor) -> dict:
 
 
 def slice_prompt(prompt: dict, start: int, stop: int | None, after_pixels_of: dict) -> dict:
-    """A prompt's tokens from `start` to `stop`, and its pixels after those of another prompt."""
+    """Return a prompt's tokens from `start` to `stop`, and its pixels after another prompt's."""
     part = {}
     for key, value in prompt.items():
         known = len(after_pixels_of.get(key, ()))
@@ -530,8 +530,8 @@ class Row:
 
 
 def build_row(prompts: dict, episodes: list[Episode]) -> Row:
-    """The tree of a group's episodes. Longer prompts are taken to begin with the question's tokens
-    up to its last vision token at least, and to have their own pixels behind the question's."""
+    """Return the tree of a group's episodes. Longer prompts are taken to begin with the question's
+    tokens, at least up to its last vision token, and to have their own pixels behind its."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
     root_number = episodes[0].prompt if alike else episodes[0].question
     root = prompts[root_number]
@@ -555,9 +555,9 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
 
 
 def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) -> list[Row]:
-    """One row for each group, if it has at most `row_tokens` columns (the mask has their square);
-    else one for each prompt, or for each episode. Rows are shared only if every layer attends to
-    all tokens and takes any mask."""
+    """Return one row for each group, if it has at most `row_tokens` columns (the mask has their
+    square); else one for each prompt, or for each episode. Rows are shared only if every layer
+    attends to all tokens and takes any mask."""
     text = getattr(model, "module", model).config.get_text_config()
     layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
     if text._attn_implementation != "sdpa" or len(layers) > 1:
@@ -598,8 +598,8 @@ def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
 def batched_logps(
     model, prompts: dict, episodes: list[Episode], sampling: Sampling, row_tokens=8192
 ) -> tuple[Tensor, Tensor]:
-    """`completion_logps` of many episodes: `logps` and `mask`, each (B, T), right-padded. The mask
-    holds the episode's weight."""
+    """Do `completion_logps` for many episodes: `logps` and `mask`, each (B, T), right-padded. The
+    mask holds the episode's weight."""
     for module in model.modules():  # checkpointing needs training mode, dropout must stay off
         module.training = isinstance(module, GradientCheckpointingLayer)
 

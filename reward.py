@@ -62,7 +62,7 @@ def format_reward(response: str) -> float:
 
 
 def alignment(response: str, spans: list[tuple[float, float]], tolerance: float) -> float:
-    """F1 in [0, 1] of the moments that the rationale (`<think>`) cites, against the patch's spans.
+    """Return how well the rationale (`<think>`) cites the patch's spans: an F1 in [0, 1].
 
     Ours. All in seconds; `tolerance` is half the student's frame spacing. Precision is the mean
     over the cited moments of the share of each that lies in its best span, so citing the whole clip
@@ -78,7 +78,7 @@ def alignment(response: str, spans: list[tuple[float, float]], tolerance: float)
 
 
 def covered_share(moment: tuple, span: tuple, tolerance: float) -> float:
-    """The share of a cited moment, a point or an interval, that lies in a span ± `tolerance`."""
+    """Return the share of a cited moment, point or interval, that lies in a span ± `tolerance`."""
     start, end = moment
     overlap = min(end, span[1] + tolerance) - max(start, span[0] - tolerance)
     if start == end:
@@ -87,8 +87,8 @@ def covered_share(moment: tuple, span: tuple, tolerance: float) -> float:
 
 
 def cited_moments(rationale: str) -> list[tuple[float, float]]:
-    """Moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07', '3-5 s',
-    '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
+    """Return the moments a text cites, as (start, end) in seconds: '<3.2 seconds>', '3.2s', '0:07',
+    '3-5 s', '<3.0 seconds> to <5.0 seconds>'. A number without a unit of time is not a moment."""
     number, unit = r"(?<!\d)(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b>?"
     pattern = rf"<?{number}(?:{unit})?\s*(?:-|–|to|until)\s*<?{number}{unit}|<?{number}{unit}"
     found = re.findall(pattern, rationale)
@@ -307,7 +307,7 @@ def split_words(text: str) -> list[str]:
 
 
 def edit_distance(x: list[str], y: list[str], substitution: int = 1) -> int:
-    """The least cost of turning x into y; inserting or deleting a word costs 1."""
+    """Return the least cost of turning x into y; inserting or deleting a word costs 1."""
     row = list(range(len(y) + 1))
     for i, word in enumerate(x, 1):
         diagonal, row[0] = row[0], i
@@ -318,7 +318,7 @@ def edit_distance(x: list[str], y: list[str], substitution: int = 1) -> int:
 
 
 def word_error_rate(given: str, answer: str) -> float:
-    """The edit distance in words over the number of words in the reference."""
+    """Return the edit distance in words over the number of words in the reference."""
     reference = split_words(answer)
     return edit_distance(split_words(given), reference) / max(len(reference), 1)
 
@@ -380,7 +380,7 @@ def asks_for(question: str) -> set[str]:
 
 
 def stems(text: str) -> list[str]:
-    """The stems of a text's words, without stop words, in order; then its `derived_numbers`."""
+    """Return the stems of a text's words, in order, without stop words; then `derived_numbers`."""
     text = re.sub(r"\b([^\W\d_])[-, ]+(?=[^\W\d_]\b)", r"\1", text.casefold())  # 't-a-x-i'
     text = text.translate(str.maketrans("−,", "-."))
     text = re.sub(rf"{TIME}|{STOP_WORDS}|{NOT_A_NUMBER}|{NOT_A_PLACE}", " ", text)
@@ -390,8 +390,8 @@ def stems(text: str) -> list[str]:
 
 
 def derived_numbers(numbers: list[float]) -> list[str]:
-    """The sum and the product of each run of up to four numbers (✗ 'two here, one there' where the
-    answer is 3), each also divided and multiplied by 100, because of percentages."""
+    """Return the sum and the product of each run of up to four numbers (if the answer is 3: ✗ 'two
+    here, one there'), each also divided and multiplied by 100, because of percentages."""
     runs = [numbers[i : i + n] for n in (1, 2, 3, 4) for i in range(len(numbers) - n + 1)]
     values = [combine(run) for run in runs for combine in (sum, math.prod)]
     return [f"{value * unit:g}" for value in values for unit in (0.01, 1, 100)]
@@ -406,7 +406,7 @@ def word_match(wanted: list[str], said: list[str]) -> float:
 
 
 def leak(words: str, question: str, options: list[str], answer: str) -> str | None:
-    """Why a teacher's words give the answer away ('it ...'), or None if they do not."""
+    """Return why a teacher's words give the answer away ('it ...'), or None if they do not."""
     # 1. Phrases that tell, by the kind of answer.
     asked = {"answer"} | asks_for(question)
     if re.search(r"\d", answer):
@@ -431,8 +431,8 @@ def leak(words: str, question: str, options: list[str], answer: str) -> str | No
 
 
 def leak_by_words(words: str, question: str, options: list[str], answer: str) -> str | None:
-    """Why the stems of the words give the answer away: they fit the right option better or worse
-    than all others, or hold half of a free answer's words. None if they do not."""
+    """Return why the stems of the words give the answer away: they fit the right option better or
+    worse than all others, or hold half of a free answer's words. None if they do not."""
     said = stems(words)
     matches = {label: word_match(stems(text), said) for label, text in zip("ABCDEFGHIJ", options)}
     of_answer = matches.pop(find_letter(answer), None)

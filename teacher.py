@@ -112,7 +112,7 @@ def diagnose(
     guessable: dict[tuple, bool] | None = None,
     usage: Counter | None = None,
 ) -> list[EvidencePatch | TeacherError]:
-    """T: a patch for each case, or why there is none, within `timeout` seconds.
+    """T: return for each case a patch, or why there is none, within `timeout` seconds.
 
     All conversations go on together, a turn at a time, and equal cases share one. `gate` may be
     reward.py's. If `answers_correctly` (does a reply answer the case?) is given, each patch takes a
@@ -219,7 +219,7 @@ class Conversation:
 
     def take_patch(self, text: str):
         """Read a patch and judge it. Returns (patch, None) if it passes, else what is left of it
-        without its words, or None, and the problem."""
+        without its words (or None) and the problem."""
         try:
             patch = parse_patch(text, self.case.video)
         except TeacherError as error:  # its traceback would keep the locals of this call
@@ -249,8 +249,8 @@ class Conversation:
         return parts
 
     def read_blind(self, patch: EvidencePatch):
-        """The blind test: ask the question with the patch's words, without the video. Returns why
-        they tell too much, or None."""
+        """Take the blind test: ask the question with the patch's words, without the video. Returns
+        why they tell too much, or None."""
         words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
         if self.answers_correctly and words:
             guess = yield blind_messages(self.case, words)
@@ -293,7 +293,7 @@ Reply <answer>…</answer>, with the letter of an option, one number, or as few 
 
 
 def first_messages(case: Case, show_answer: bool, num_frames: int) -> list[dict]:
-    """The opening messages: the rules, then the case with `num_frames` frames of the whole clip."""
+    """Return the opening messages: the rules, then the case with `num_frames` of its frames."""
     last = len(case.video) - 1
     known = [f"Reference answer, for you alone: {case.answer}"] if show_answer else []
     lines = [
@@ -320,7 +320,7 @@ def system_message() -> dict:
 
 
 def blind_messages(case: Case, words: str) -> list[dict]:
-    """The blind test's message: the question and a patch's `words`, if any, but no pictures."""
+    """Return the blind test's message: the question and a patch's `words`, but no pictures."""
     said = f"Someone who has seen it says: {words}" if words else ""
     text = BLIND.replace("{words}", said)
     text = text.replace("{question}", "\n".join([case.question, *case.options]))
@@ -337,7 +337,7 @@ def without_special_tokens(text: str) -> str:
 
 
 def picture_parts(video: Sized, index: int, box: tuple | None = None) -> list[dict]:
-    """A frame, or a crop of it at native size, as chat parts: its label and its pixels."""
+    """Return a frame, or a crop of it at native size, as chat parts: its label and its pixels."""
     encoded = PICTURES.setdefault(video, {})
     if (index, box) not in encoded:
         image = video.frame(index)
@@ -357,7 +357,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height: MAX_PIXELS at most, and no side too thin for a model's processor."""
+    """Return width and height: MAX_PIXELS at most, and no side too thin for a model's processor."""
     shrink = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
     return max(28, int(image.width / shrink)), max(28, int(image.height / shrink))
 
@@ -388,7 +388,7 @@ TOOLS = {tool.__name__: tool for tool in (get_frame, zoom_region, get_temporal_s
 
 
 def signature(name: str) -> str:
-    """A tool's arguments as the prompt shows them: all but the case, without annotations."""
+    """Return a tool's arguments as the prompt shows them: all but the case, without annotations."""
     _, *arguments = inspect.signature(TOOLS[name]).parameters.values()
     shown = [str(argument.replace(annotation=argument.empty)) for argument in arguments]
     return f"({', '.join(shown)})"
@@ -411,8 +411,8 @@ def without_thoughts(text: str) -> str:
 
 
 def read_calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments of each tool call, in any of the forms of CALLS. A call of an
-    unknown tool counts, so that the teacher is told, unless the reply also holds a patch."""
+    """Return the name and the arguments of each tool call, in any of the forms of CALLS. A call of
+    an unknown tool counts, so that the teacher is told, unless the reply also holds a patch."""
     text = text.replace("\\_", "_")
     text = re.sub(r"<arg_key>(\w+)</arg_key>\s*<arg_value>([^<]*)</arg_value>", r"\1=\2,", text)
     matches = [match for form in CALLS for match in re.finditer(form, text, re.IGNORECASE)]
@@ -483,7 +483,7 @@ def is_empty(patch: EvidencePatch) -> bool:
 
 
 def read_json(text: str) -> dict:
-    """The last JSON object that holds a patch, whatever stands around it. Raises ValueError."""
+    """Return the last JSON object that holds a patch, whatever surrounds it. Raises ValueError."""
     text = re.sub(r'(\\["\\/bfnrtu])|\\', r"\1", text)  # JSON has no escapes like \' and \_
     wanted = "evidence_patch" if "evidence_patch" in text else "key_frames"
     decode = json.JSONDecoder(strict=False).raw_decode
@@ -500,8 +500,8 @@ def read_json(text: str) -> dict:
 
 
 def read_yaml(text: str) -> dict:
-    """The same for what is almost JSON: YAML allows single quotes, trailing commas and line breaks
-    in a text. Comments, `&` and `*`, quotes inside a text and missing braces are mended here."""
+    """Do the same for what is almost JSON: YAML allows single quotes, trailing commas and line
+    breaks in a text. Comments, `&` and `*`, quotes in a text and missing braces are mended here."""
     try:
         import yaml  # which transformers installs
     except ImportError as error:
@@ -522,7 +522,7 @@ def read_yaml(text: str) -> dict:
 
 
 def read_words(value, most: int = MAX_WORDS) -> str:
-    """At most `most` words, without brackets, which could spell one of the student's tokens."""
+    """Return at most `most` words, without brackets, which could spell a token of the student's."""
     if isinstance(value, dict):
         value = list(value.values())
     text = str(value or "") if isinstance(value, (str, int)) else " ".join(map(str, value or []))
@@ -533,8 +533,8 @@ def read_words(value, most: int = MAX_WORDS) -> str:
 
 
 def read_frames(value, video: Sized) -> list[int]:
-    """The frames that a text, number, list or dict names: 12, "frame 12", "0:01", "3.5 s". One past
-    the end means the last frame; anything else outside the video is left out."""
+    """Return the frames that a text, number, list or dict names: 12, "frame 12", "0:01", "3.5 s".
+    One past the end means the last frame; anything else outside the video is left out."""
     clock = r"(?:(\d+):)?(\d+):(\d\d(?:\.\d+)?)"
     number = r"(?<![\d.])((?:(?<!\w)-)?\d+(?:\.\d+)?)(\s*s(?:ec(?:ond)?s?)?\b)?"
     last = len(video) - 1
@@ -551,7 +551,7 @@ def read_frames(value, video: Sized) -> list[int]:
 
 
 def frames_or_times(value):
-    """What names frames, or else times, in a dict; times in seconds. All else stays as it is."""
+    """Keep only what names frames in a dict, or else times, in seconds. All else stays as it is."""
     if isinstance(value, list):
         return [frames_or_times(item) for item in value]
     if not isinstance(value, dict):
@@ -562,7 +562,7 @@ def frames_or_times(value):
 
 
 def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
-    """The first and the last frame of each moment. A flat pair of frames is one moment."""
+    """Return the first and the last frame of each moment. A flat pair of frames is one moment."""
     markers = markers if isinstance(markers, list) else [markers]
     named = [read_frames(marker, video) for marker in markers]
     flat = not any(isinstance(marker, (list, dict)) for marker in markers)
@@ -572,8 +572,8 @@ def read_spans(markers, video: Sized) -> list[tuple[int, int]]:
 
 
 def read_region(region, key_frames: list[int], video: Sized) -> Region:
-    """A region, whose frame, box and label may go by any of the usual names. Without a frame it is
-    in the first key frame. Raises IndexError or ValueError."""
+    """Return a region, whose frame, box and label may go by any of the usual names. Without a frame
+    it is in the first key frame. Raises IndexError or ValueError."""
     region = region if isinstance(region, dict) else {"box": region}
     placed = any(re.search("frame|time", key) and region[key] is not None for key in region)
     frame = (read_frames(region, video) if placed else key_frames)[0]
@@ -585,8 +585,8 @@ def read_region(region, key_frames: list[int], video: Sized) -> Region:
 
 
 def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Corners in 0–1 of a box that is written in 0–1, in pixels of a picture of `size`, or, if it
-    would not fit into that, in 0–1000. Raises ValueError."""
+    """Return the corners, in 0–1, of a box that is written in 0–1, in pixels of a picture of
+    `size`, or, if it would not fit into that, in 0–1000. Raises ValueError."""
     if isinstance(value, dict):
         xs = [value[key] for key in value if re.match("x|left|right", key)]
         ys = [value[key] for key in value if re.match("y|top|bottom", key)]
@@ -611,8 +611,8 @@ def read_box(value, size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 
 def limit_patch(patch: EvidencePatch, num_frames: int) -> EvidencePatch:
-    """Minimal evidence: only the first few of everything. Moments that together exceed MAX_SHARE of
-    the clip's `num_frames` shrink to their middles, each to at least one frame."""
+    """Keep the evidence minimal: only the first few of everything. Moments that together exceed
+    MAX_SHARE of the clip's `num_frames` shrink to their middles, each to at least one frame."""
     spans = patch.spans[:MAX_FRAMES]
     total = sum(last - first + 1 for first, last in spans)
     allowed = max(int(MAX_SHARE * num_frames), len(spans))
@@ -658,7 +658,7 @@ def with_deadline(chat: Chat) -> Chat:
 
 
 def checked(reply) -> Reply:
-    """The reply, cut to its last MAX_REPLY characters; an error if it is not a `Reply`."""
+    """Return the reply, cut to its last MAX_REPLY characters, or an error if it is no `Reply`."""
     if isinstance(reply, TeacherError):
         return reply
     try:
@@ -726,8 +726,8 @@ def store_reply(file: Path, reply: Reply) -> None:
 
 # --- who replies ---
 def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240.0) -> Chat:
-    """A model behind an OpenAI-compatible endpoint that takes pictures. The `openai` client retries
-    and waits as the server says. `key` is never told, and no other key is sent."""
+    """Return a model behind an OpenAI-compatible endpoint that takes pictures. The `openai` client
+    retries and waits as the server says. `key` is never told, and no other key is sent."""
     try:
         import openai
     except ImportError as error:
@@ -793,7 +793,7 @@ async def see_error(response) -> None:
 
 
 def failure_of(error: Exception) -> TeacherError:
-    """The cause of what a request raised, and the server's own words, without HTML tags."""
+    """Return the cause of what a request raised, and the server's own words, without HTML tags."""
     import openai
 
     cause, detail = "malformed", str(error)
@@ -810,7 +810,7 @@ def failure_of(error: Exception) -> TeacherError:
 
 
 def read_reply(response) -> Reply:
-    """The words of an endpoint's reply, whichever field they are in. Raises TeacherError."""
+    """Return the words of an endpoint's reply, whichever field they are in. Raises TeacherError."""
     try:
         completion = response.parse()
         choice, usage = completion.choices[0], completion.usage
@@ -836,7 +836,7 @@ def read_reply(response) -> Reply:
 
 
 def local(model, processor, max_tokens=2048, batch=8) -> Chat:
-    """A transformers vision-language model, which reads `batch` conversations at a time."""
+    """Return a transformers vision-language model, which reads `batch` conversations at a time."""
 
     def generate(conversations: list, seconds: float) -> list[Reply]:
         inputs = processor.apply_chat_template(
@@ -878,15 +878,16 @@ def local(model, processor, max_tokens=2048, batch=8) -> Chat:
 
 
 def as_parts(message: dict) -> dict:
-    """A message whose content is a list of parts, as chat templates want it."""
+    """Return a message with its content as a list of parts, as chat templates want it."""
     content = message["content"]
     return message | {"content": [text_part(content)] if isinstance(content, str) else content}
 
 
 def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
-    """Look the evidence up by case id, but speak the whole protocol. `truths[id]` is a dict, or a
-    list of them, with `error_type`, `key_frames`, `region` and optionally `moment`, `guidance`,
-    `cites`. Of a list the first whose `cites` the response lacks is taken, or else the last."""
+    """Return a `Chat` that looks the evidence up by case id, but speaks the whole protocol.
+    `truths[id]` is a dict with `error_type`, `key_frames`, `region` and optionally `moment`,
+    `guidance`, `cites`, or a list of them, of which the first is taken whose `cites` the response
+    lacks, or else the last."""
 
     def reply(messages: list[dict]) -> tuple[str, int]:
         case_id, _, case = messages[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
@@ -917,8 +918,8 @@ def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
 
 
 def try_out(chat: Chat, num_frames: int, seconds: float) -> None:
-    """A trial with as many pictures as a case has. Raises TeacherError if they are not taken, or
-    the reply is neither a tool call nor a patch."""
+    """Try the chat once, with as many pictures as a case has. Raises TeacherError if they are not
+    taken, or the reply is neither a tool call nor a patch."""
     picture = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (56, 56)))}}
     asked = text_part("Case: hello\nThis is a trial: reply at once, that frame 0 shows it all.")
     user = {"role": "user", "content": [asked, *[picture] * num_frames]}
@@ -951,8 +952,8 @@ class TeacherSettings:
 
 
 def load_chat(config, device, evidence: dict) -> Chat | None:
-    """The `Chat` that the settings name, or None to replay the cache. Raises ValueError if it
-    cannot work."""
+    """Return the `Chat` that the settings name, or None to replay the cache. Raises ValueError if
+    it cannot work."""
     name = config.teacher_model
     if config.teacher == "scripted":
         if not evidence:
@@ -991,8 +992,8 @@ def load_chat(config, device, evidence: dict) -> Chat | None:
 def load_teacher(
     config, device, gate: Gate, answers_correctly: Callable, evidence: dict
 ) -> Callable[..., list[EvidencePatch | TeacherError]]:
-    """`diagnose` as a function of the cases alone, the rest taken from the settings; its `usage` is
-    a Counter of calls and tokens. A scripted teacher is neither cached nor blind-tested."""
+    """Return `diagnose` as a function of the cases alone, the rest taken from the settings; its
+    `usage` counts calls and tokens. A scripted teacher is neither cached nor blind-tested."""
     chat = load_chat(config, device, evidence)
     guessable = {}
     is_scripted = config.teacher == "scripted"

@@ -217,8 +217,9 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
 
 
 def train_step(run: Run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
-    """A round on this process's `samples`, its advantages and an update. Returns (groups, rows,
-    figures): the groups and figures of this process, and a row for each rollout of all."""
+    """Take a step: a round on this process's `samples`, its advantages and an update. Returns
+    (groups, rows, figures): groups and figures of this process, and a row for each member
+    anywhere."""
     config = run.config
     began = time.time()
     questions = open_questions(run.student, samples, placeholder)
@@ -297,7 +298,7 @@ def prepare(config: Config, accelerator, student: Student, steps: int) -> Run:
 
 
 def count_steps(config: Config, accelerator, samples: list) -> int:
-    """The optimizer steps of the whole run. Raises ValueError if the records do not fill one."""
+    """Return the steps of the whole run. Raises ValueError if the records do not fill one."""
     per_step = config.questions_per_device * accelerator.num_processes
     if len(samples) < per_step:
         raise ValueError(f"{len(samples)} records do not fill a step of {per_step}")
@@ -311,7 +312,7 @@ def progress_bar(done: int, steps: int, accelerator) -> tqdm:
 
 
 def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[data.Sample]:
-    """This process's samples of a step: a seeded shuffle per epoch, without a partial last step."""
+    """Return this process's samples of a step: a seeded shuffle per epoch, no partial last step."""
     count = config.questions_per_device
     per_step = count * accelerator.num_processes
     epoch, step_of_epoch = divmod(step, len(samples) // per_step)
@@ -322,7 +323,7 @@ def pick(samples: list[data.Sample], step: int, config, accelerator) -> list[dat
 
 
 def open_questions(student: Student, samples: list, placeholder: Question) -> list[Question]:
-    """Open each sample; where one fails, the placeholder keeps this process in step with others."""
+    """Open each sample. If one fails, the placeholder keeps this process in step with others."""
     questions = []
     for sample in samples:
         try:
@@ -334,7 +335,7 @@ def open_questions(student: Student, samples: list, placeholder: Question) -> li
 
 
 def first_failures(rows: list[dict]) -> dict[str, str]:
-    """By cause: the first failure of the teacher in this step, in its own words."""
+    """Return by cause the first failure of the teacher in this step, in its own words."""
     failures = {}
     for row in rows:
         if row["cause"]:
@@ -352,8 +353,8 @@ def report_failures(history: list[dict], failures: dict[str, str]) -> None:
 
 
 def reason_to_stop(history: list[dict], failures: dict[str, str]) -> str | None:
-    """Why to stop: the teacher fails now, and gave no patch at all in the last STEPS_WITHOUT_PATCH
-    steps that asked it. None if that is not so."""
+    """Return why to stop: the teacher fails now, and gave no patch at all in the last
+    STEPS_WITHOUT_PATCH steps that asked it. None if that is not so."""
     asked = [step for step in history if step["teacher_failures"] or step["intervention"]]
     last = asked[-STEPS_WITHOUT_PATCH:]
     helped = any(step["intervention"] for step in last)
@@ -400,7 +401,7 @@ LARGEST = ["grad_norm", "logp_gap", "seconds_round", "seconds_update"]  # of the
 
 
 def member_row(member: Member) -> dict:
-    """One member's numbers, which `summarize` turns into the step's metrics."""
+    """Return one member's numbers, which `summarize` turns into the step's metrics."""
     patch, error = member.patch, member.error
     completion = member.chosen.completion
     again = [] if member.repaired is None else member.repaired.completion.ids
@@ -427,7 +428,7 @@ def member_row(member: Member) -> dict:
 
 
 def summarize(rows: list[dict], updates: list[dict]) -> dict[str, float]:
-    """A step's metrics, from the `rows` of its members and the figures of each process."""
+    """Return a step's metrics, from the `rows` of its members and the figures of each process."""
     repaired = [row for row in rows if row["intervention"]]
     metrics = {name: mean(rows, name) for name in MEANS}
     metrics |= {name: mean(repaired, name) for name in MEANS_OF_REPAIRS}
@@ -497,8 +498,8 @@ def track_picture(accelerator, file: Path, step: int) -> None:
 def evaluate(
     config: Config, accelerator, student, samples, teach, placeholder, name: str, at_once=64
 ) -> list[dict]:
-    """Greedy answers to held-out records: is each right unaided, and with a patch where it was not?
-    Rows are kept in OUT/`name`.jsonl, so that a resumed run asks only what is missing there."""
+    """Answer held-out records greedily: is each right unaided, and with a patch if it was not? Rows
+    are kept in OUT/`name`.jsonl, so that a resumed run asks only what is missing there."""
     student = replace(student, sampling=replace(student.sampling, temperature=0.0))
     file = Path(config.out, f"{name}.jsonl")
     rows = shared_rows(accelerator, file)
@@ -538,7 +539,7 @@ def evaluation_row(member: Member) -> dict:
 
 
 def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
-    """A run's figures: held-out accuracy before and after, and its first and last third."""
+    """Return a run's figures: held-out accuracy before and after, and its first and last third."""
     third = max(len(history) // 3, 1)  # of the steps
     first, last = history[:third], history[-third:]
     # Sums of the steps' rates: each step has as many rollouts, so their ratio is the fix rate.
@@ -618,8 +619,8 @@ def store_linears_in_bf16(model) -> None:
 
 
 def reference_policy(config: Config, accelerator, model):
-    """π_ref, the policy before training: None at β = 0; with adapters the model itself, which is
-    called without them; else a frozen copy. `model` is not yet wrapped by accelerate."""
+    """Return π_ref, the policy before training: None at β = 0; with adapters the model itself,
+    which is called without them; else a frozen copy. `model` is not yet wrapped by accelerate."""
     if config.beta == 0:
         return None
     if config.lora_rank:
@@ -651,7 +652,7 @@ def load_student(config: Config, accelerator: Accelerator) -> Student:
 
 
 def load_teacher(config: Config, samples: list[data.Sample], device):
-    """The teacher that the settings name: a function of cases, or None if there is no teacher."""
+    """Return the teacher that the settings name, a function of cases, or None without a teacher."""
     if config.method == "grpo" or config.eval_only:  # at test time there is no teacher
         return None
     Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
@@ -664,7 +665,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device):
 
 # --- what a run keeps ---
 def read_rows(file: Path, last: float = float("inf")) -> list[dict]:
-    """The rows of a file up to step `last`. Later rows and an unfinished line are cut off it."""
+    """Return a file's rows up to step `last`. Later rows and an unfinished line are cut off it."""
     if not file.is_file():
         return []
     rows = []
@@ -685,7 +686,7 @@ def add_rows(file: Path, rows: list[dict]) -> None:
 
 
 def shared_rows(accelerator, file: Path, last: float = float("inf")) -> list[dict]:
-    """`read_rows`, by the main process for all."""
+    """Return `read_rows`, which the main process does for all."""
     rows = read_rows(file, last) if accelerator.is_main_process else []
     return broadcast_object_list([rows])[0]
 
@@ -723,7 +724,7 @@ def save_checkpoint(config: Config, accelerator, step: int) -> Path:
 
 
 def checkpoint_fault(error: BaseException, step: int) -> str:
-    """Why a checkpoint could not be written. torch wraps the errors of the ranks into one."""
+    """Say why a checkpoint could not be written. torch wraps the errors of the ranks into one."""
     causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
     reason = " ".join(str((causes or [error])[0]).split())
     full = "No space|too large|quota|write failed|unexpected pos"  # the last two are torch's
@@ -786,7 +787,7 @@ def manifest_of(config: Config, processes: int) -> dict:
 
 
 def read_manifest(file: Path) -> dict:
-    """The manifest of the run that OUT holds; {} if it holds none."""
+    """Return the manifest of the run that OUT holds; {} if it holds none."""
     try:
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
@@ -807,7 +808,7 @@ def remove_tiny_run(out: Path) -> None:
 
 # --- main ---
 def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator, for the devices and processes at hand. Raises ValueError."""
+    """Make the accelerator, for the devices and processes at hand. Raises ValueError."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank samples before it is sharded
     cpu = not torch.accelerator.is_available()  # accelerate joins CPU processes only if told so
@@ -838,8 +839,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def threads_per_process(processes: int) -> int:
-    """Threads of each process: the user's OMP_NUM_THREADS, else its share of the cores, at most 4.
-    accelerate launch sets that variable anew, so the user's is read from the launcher."""
+    """Return the user's OMP_NUM_THREADS, else a process's share of the cores, at most 4. accelerate
+    launch sets that variable anew, so the user's is read from the launcher."""
     environment = " ".join(f"{name}={value}" for name, value in os.environ.items())
     users = re.search(r"\bOMP_NUM_THREADS=([1-9]\d*)", read_launcher("environ") or environment)
     if users:
@@ -851,7 +852,7 @@ def threads_per_process(processes: int) -> int:
 
 
 def read_launcher(what: str) -> str:
-    """The "cmdline" or "environ" of the launcher, as it was started with; "" without a launcher."""
+    """Return the launcher's "cmdline" or "environ" at its start; "" without a launcher."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     file = Path(f"/proc/{os.getppid()}/{what}")
     if not launched or not file.exists():
@@ -876,7 +877,7 @@ def tiny_run(config: Config, accelerator) -> Config:
 
 
 def load_records(config: Config, accelerator) -> tuple[list, list]:
-    """The training and the held-out records, whose videos all open."""
+    """Load the training and the held-out records, whose videos all open."""
     samples = data.load_samples(config.data, config.video_root, config.skip)
     held_out = []
     if config.eval_data:
