@@ -218,8 +218,7 @@ def train(config, accelerator, student: Student, samples, teach, placeholder: Qu
 
 def train_step(run: Run, samples, teach, placeholder, step: int) -> tuple[list, list[dict], dict]:
     """Take a step: a round on this process's `samples`, its advantages and an update. Returns
-    (groups, rows, figures): groups and figures of this process, and a row for each member
-    anywhere."""
+    (groups, rows, figures): this process's groups and figures, and the rows of all processes."""
     config = run.config
     began = time.time()
     questions = open_questions(run.student, samples, placeholder)
