@@ -56,11 +56,12 @@ class DataSettings:
 
 class DataError(ValueError):
     """A file, record or video that cannot be used. The message says which one, why, and what to do.
-    `cause` is the part that all faults of a kind share, by which they are counted."""
+    `cause` is the part that all faults of a kind share, by which they are counted; `rest` is what
+    differs, and what to do."""
 
-    def __init__(self, where: str, cause: str, remedy: str):
-        super().__init__(f"{where}: {cause}{remedy}")
-        self.cause, self.remedy = cause, remedy
+    def __init__(self, where: str, cause: str, rest: str):
+        super().__init__(f"{where}: {cause}{rest}")
+        self.cause, self.rest = cause, rest
 
 
 # --- records ---
@@ -75,7 +76,7 @@ class Sample:
     problem_type: str
     path: str  # of the video file
     source: str = ""
-    truth: dict = field(default_factory=dict)  # TRUTHS, which only a scripted teacher may look up
+    truth: dict = field(default_factory=dict)  # TRUTHS: for a scripted teacher or a cold start only
     record: dict = field(default_factory=dict)  # all fields that are not KNOWN, for tools
 
 
@@ -167,9 +168,9 @@ def parse_json(text: bytes, where: str):
 def read_record(record: dict, where: str, root: Path) -> Sample:
     """Return the sample of a record. Raises `DataError` if it cannot be asked or answered."""
 
-    def need(fine: object, cause: str, remedy: str) -> None:
+    def need(fine: object, cause: str, rest: str) -> None:
         if not fine:
-            raise DataError(where, cause, remedy)
+            raise DataError(where, cause, rest)
 
     need(isinstance(record, dict), "no JSON object", "; each record is a dict of Video-R1's fields")
     data_type = record.get("data_type", "video")
@@ -333,7 +334,7 @@ def serve_decoder() -> None:
         try:
             result = read_frames(path, indices, in_order) if indices else open_clip(path)
         except DataError as error:
-            fault = error.cause, error.remedy
+            fault = error.cause, error.rest
         except decord.DECORDLimitReachedError:  # it would repeat a frame
             fault = MISSING
         except (decord.DECORDError, RuntimeError, OSError, IndexError, ValueError):

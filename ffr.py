@@ -333,9 +333,10 @@ def measure_reliance(student: Student, groups: list[list[Member]]) -> None:
         prompts[number] = member.question.prompt
         under_x.append(Episode(number, number, member.chosen.completion.ids))
     logps, _ = batched_logps(student.model, prompts, under_x, student.sampling)
-    for member, padded in zip(repaired, logps):
-        patched = member.repaired.completion.logps
-        member.reliance = (padded[: len(patched)] - patched).mean().item()
+    for member, logps_under_x in zip(repaired, logps):  # padded to equal lengths
+        sampled_logps = member.repaired.completion.logps  # under (x, c)
+        owed = logps_under_x[: len(sampled_logps)] - sampled_logps
+        member.reliance = owed.mean().item()
 
 
 # --- the prompt, and the patch in it ---
@@ -425,12 +426,14 @@ def patch_text(patch: EvidencePatch, video: Video, spacing: float, corners: bool
 
 def moment_text(patch, video: Video, spacing: float, first: int, last: int) -> str:
     """Return a space and the time of frames `first` to `last`, as Qwen3-VL writes times: a range if
-    longer than the student's frame spacing, else one time. Empty if the patch withholds times,
+    longer than the student's frame spacing, else one time. Return "" if the patch withholds times,
     because the question asks for one."""
+    if not patch.show_times:
+        return ""
     start, end = video.seconds(first), video.seconds(last)
     if end - start > spacing:
         return f" <{start:.1f} seconds> to <{end:.1f} seconds>"
-    return f" <{(start + end) / 2:.1f} seconds>" if patch.show_times else ""
+    return f" <{(start + end) / 2:.1f} seconds>"
 
 
 def patch_pictures(patch: EvidencePatch, video: Video, spacing: float) -> list[tuple]:
@@ -557,7 +560,7 @@ def draw_page(sections: list[tuple]) -> Image.Image:
 
 # --- `python ffr.py VIDEO`: why did my model get this video wrong? ---
 @dataclass
-class Method:
+class RoundSettings:
     """The round. Defaults are FFR's Table 8 unless marked (ours)."""
 
     num_rollouts: Annotated[int, "G, rollouts per question"] = 8
@@ -640,7 +643,7 @@ def explain(arguments: list[str]) -> None:
 
 def read_query(arguments: list[str]) -> argparse.Namespace:
     """Read the command's settings; exit with one sentence if they make no sense."""
-    classes = [Query, View, Method, SamplingSettings, TeacherSettings]
+    classes = [Query, View, RoundSettings, SamplingSettings, TeacherSettings]
     usage = "ffr.py VIDEO --question Q --answer A --model M --teacher_model T [settings]"
     parser = settings_parser(classes, prog="ffr.py", usage=usage, description=explain.__doc__)
     parser.add_argument("video", help="before any of the settings")

@@ -530,8 +530,8 @@ class Row:
 
 
 def build_row(prompts: dict, episodes: list[Episode]) -> Row:
-    """Return the tree of a group's episodes. Longer prompts are taken to begin with the question's
-    tokens, at least up to its last vision token, and to have their own pixels behind its."""
+    """Return the tree of a group's episodes. A longer prompt is taken to begin with the question's
+    tokens, at least up to its last vision token, and with the question's pixels, before its own."""
     alike = all(episode.prompt == episodes[0].prompt for episode in episodes)
     root_number = episodes[0].prompt if alike else episodes[0].question
     root = prompts[root_number]
@@ -559,8 +559,8 @@ def plan_rows(model, prompts: dict, episodes: list[Episode], row_tokens: int) ->
     square); else one for each prompt, or for each episode. Rows are shared only if every layer
     attends to all tokens and takes any mask."""
     text = getattr(model, "module", model).config.get_text_config()
-    layers = {*(getattr(text, "layer_types", None) or []), "full_attention"}
-    if text._attn_implementation != "sdpa" or len(layers) > 1:
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if text._attn_implementation != "sdpa" or layer_types != {"full_attention"}:
         row_tokens = 0  # too few for any group: each episode gets a row of its own
 
     rows = []

@@ -7,8 +7,8 @@
     z      1 if the rules accept the answer (thresholds ours)    `verify`
     leak   do a teacher's words give y away? (ours)              `leak`, `asks_for`, `gate`
 
-The leak gate and the accuracy of an evaluation stand last. Sources: FFR eq. R̃ and app. D.3 (reward
-by problem type, as in Video-R1). The file needs the standard library alone and no sibling.
+The leak gate stands last. Sources: FFR eq. R̃ and app. D.3 (reward by problem type, as in
+Video-R1). The file needs the standard library alone and no sibling.
 """
 
 import math
@@ -127,7 +127,8 @@ def accuracy_reward(given: str, answer: str, problem_type: str) -> float:
 
 
 def verify(given: str, answer: str, problem_type: str) -> bool:
-    """z: is R = 1? Two graded types have a threshold (ours), as their R hardly ever reaches 1."""
+    """z: is R = 1? R hardly ever reaches 1 for two graded types, which have thresholds (ours): R of
+    0.9 for regression, ROUGE-L of 0.5 for free-form."""
     if problem_type == "free-form":
         return rouge_l(given, answer) >= 0.5
     reward = accuracy_reward(given, answer, problem_type)
@@ -294,14 +295,14 @@ def name_to_digits(name: re.Match) -> str:
 # Scripts without spaces: Thai to Burmese, Khmer, Tai, Javanese and Cham, kana, Han.
 SPACELESS = r"([\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\ua980-\uaadf\u3001-\u312f㐀-鿿𠀀-𿿽])"
 EDGES = ".,;:!?…¿¡'\"‘“”„«»‹›()[]{}<>*_`~|—、。〈〉《》「」『』【】〔〕・·।॥؟،؛។៕၊။།"
-MAX_WORDS = 200  # the rest counts as one word, as the time of an edit distance is quadratic
+MAX_COMPARED = 200  # the rest counts as one word, as the time of an edit distance is quadratic
 
 
 def split_words(text: str) -> list[str]:
     """Split into case-folded words, or characters in a script without spaces. Punctuation at a
     word's edges is dropped, unless the text has nothing else; signs stay: '-5', 'C#', '€'."""
     text = re.sub(SPACELESS, r" \1 ", normalize(text).casefold())
-    tokens = text.split(maxsplit=MAX_WORDS)
+    tokens = text.split(maxsplit=MAX_COMPARED)
     words = [token.strip(EDGES) for token in tokens]
     return [word for word in words if word] or tokens
 
@@ -328,7 +329,8 @@ def rouge_n(given: str, answer: str, n: int) -> float:
     word can reach 1."""
     x, y = split_words(given), split_words(answer)
     n = min(n, max(len(x), len(y), 1))
-    a, b = (Counter(zip(*[words[k:] for k in range(n)])) for words in (x, y))
+    a = Counter(tuple(x[k : k + n]) for k in range(len(x) - n + 1))
+    b = Counter(tuple(y[k : k + n]) for k in range(len(y) - n + 1))
     return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
 
@@ -402,7 +404,8 @@ def word_match(wanted: list[str], said: list[str]) -> float:
     options of the same words can be told apart."""
     rest = iter(said)
     in_order = all(word in rest for word in wanted)  # `in` moves `rest` past the word it finds
-    return len(set(wanted) & set(said)) / max(len(wanted), 1) * (1 + in_order)
+    share = len(set(wanted) & set(said)) / max(len(wanted), 1)
+    return 2 * share if in_order else share
 
 
 def leak(words: str, question: str, options: list[str], answer: str) -> str | None:
@@ -442,11 +445,12 @@ def leak_by_words(words: str, question: str, options: list[str], answer: str) ->
             new, said = set(split_words(answer)), split_words(words)
         return "it holds the answer's words" if word_match(list(new), said) >= 0.5 else None
 
-    others = matches.values()
-    # The words fit the right option better or worse than all others: ✗ 'a taxi', 'no bus, no tram,
-    # no bicycle'  ✓ 'the bus or the taxi'
-    singled_out = others and (of_answer < min(others) or of_answer > max(others))
-    return "it tells the options apart" if singled_out else None
+    others = list(matches.values())
+    if others and (of_answer < min(others) or of_answer > max(others)):
+        return (
+            "it tells the options apart"  # ✗ 'a taxi', 'no bus, no tram'  ✓ 'the bus or the taxi'
+        )
+    return None
 
 
 def withhold(patch, case) -> None:
@@ -471,21 +475,3 @@ def answers_correctly(reply: str, case) -> bool:
     """Does a reply in the blind test, where the model sees no video, answer the case rightly?"""
     given, _, _ = reply.rpartition("<answer>")[2].partition("</answer>")
     return verify(given.strip(), case.answer, case.problem_type)
-
-
-# --- the accuracy of an evaluation ---
-def accuracy(rows: list[dict]) -> dict[str, dict]:
-    """Unaided accuracy with its 95 % interval (Wilson): of all rows, by type and by source."""
-    groups = {"all": rows}
-    for row in rows:
-        for kind in ("type", "source"):
-            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
-
-    table = {}
-    for name, group in groups.items():
-        n, z = max(len(group), 1), 1.96
-        share = sum(row["unaided"] for row in group) / n
-        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
-    return table

@@ -218,11 +218,12 @@ class Conversation:
         return without_words or TeacherError("turns", f"no patch within {MAX_TURNS} turns")
 
     def take_patch(self, text: str):
-        """Read a patch and judge it. Returns (patch, None) if it passes, else what is left of it
-        without its words (or None) and the problem."""
+        """Read a patch and judge it; a generator like `converse`, as the blind test may ask.
+        Returns (patch, None) if it passes, else what is left without its words (or None) and the
+        problem."""
         try:
             patch = parse_patch(text, self.case.video)
-        except TeacherError as error:  # its traceback would keep the locals of this call
+        except TeacherError as error:  # a new one: this one's traceback would keep all locals alive
             return None, TeacherError(error.cause, error.detail)
 
         reason = self.gate(patch, self.case) or (yield from self.read_blind(patch))
@@ -249,8 +250,8 @@ class Conversation:
         return parts
 
     def read_blind(self, patch: EvidencePatch):
-        """Take the blind test: ask the question with the patch's words, without the video. Returns
-        why they tell too much, or None."""
+        """Take the blind test: ask the question with the patch's words, without the video. A
+        generator. Returns why the words tell too much, or None."""
         words = "; ".join(filter(None, [patch.guidance, *(r.what for r in patch.regions)]))
         if self.answers_correctly and words:
             guess = yield blind_messages(self.case, words)
@@ -457,7 +458,7 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
         reply = read_json(text)
         evidence = reply.get("evidence_patch", reply)
         evidence = evidence[0] if isinstance(evidence, list) else evidence
-        patch = EvidencePatch("spatial", read_words(evidence.get("content")))
+        patch = EvidencePatch("", read_words(evidence.get("content")))
         patch.key_frames = read_frames(evidence.get("key_frames"), video)
         patch.spans = read_spans(evidence.get("temporal_markers"), video)
 
@@ -465,7 +466,7 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
         for region in regions if isinstance(regions, list) else [regions]:
             with suppress(Exception):  # a decoder's errors, too
                 patch.regions.append(read_region(region, patch.key_frames, video))
-        kind = str((evidence | reply).get("error_classification")).lower()
+        kind = reply.get("error_classification", evidence.get("error_classification"))
     except BAD_DATA as error:
         raise TeacherError(
             "malformed", without_special_tokens(f"{error} in: {text[-200:]}")
@@ -474,7 +475,7 @@ def parse_patch(text: str, video: Sized) -> EvidencePatch:
         raise TeacherError("malformed", without_special_tokens(f"an empty patch: {text[-200:]}"))
 
     guess = "spatial" if patch.regions else "temporal"  # of a type that is not ours
-    patch.error_type = next((known for known in ERROR_TYPES if known in kind), guess)
+    patch.error_type = next((known for known in ERROR_TYPES if known in str(kind).lower()), guess)
     return limit_patch(patch, len(video))
 
 
@@ -689,9 +690,8 @@ def cached(chat: Chat | None, folder: str, name: str, usage: Counter) -> Chat:
         }
         replies = [TeacherError("miss", "it is not in the cache")] * len(missing)
         if chat and missing:
-            left = 0.97 * (
-                seconds - time.monotonic() + began
-            )  # keeps some to store and return them
+            # Some time is kept to store the replies and to return them.
+            left = 0.97 * (seconds - time.monotonic() + began)
             replies = with_deadline(chat)([*missing.values()], left)
         fresh = dict(zip(missing, replies, strict=True))  # equal conversations are asked once
         if chat and folder:
@@ -733,19 +733,19 @@ def remote(url: str, model: str, key="", max_tokens=2048, workers=8, timeout=240
     except ImportError as error:
         raise ValueError("a remote teacher needs a client: pip install openai") from error
     key = "".join(key.split())
-    limit = "max_tokens"  # newer models want another name
+    limit_name = "max_tokens"  # newer models want another
 
     async def complete(client, messages: list[dict]) -> Reply:
-        nonlocal limit
+        nonlocal limit_name
         create = client.chat.completions.with_raw_response.create
         send = partial(create, model=model, messages=messages)
         try:
-            return read_reply(await send(**{limit: max_tokens}))
+            return read_reply(await send(**{limit_name: max_tokens}))
         except openai.BadRequestError as error:
-            if limit not in str(error) or "max_completion_tokens" not in str(error):
+            if limit_name not in str(error) or "max_completion_tokens" not in str(error):
                 raise
-        limit = "max_completion_tokens"
-        return read_reply(await send(**{limit: max_tokens}))
+        limit_name = "max_completion_tokens"
+        return read_reply(await send(**{limit_name: max_tokens}))
 
     async def reply_to(client, messages: list[dict], slots: asyncio.Semaphore, end: float) -> Reply:
         try:
@@ -886,8 +886,8 @@ def as_parts(message: dict) -> dict:
 def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
     """Return a `Chat` that looks the evidence up by case id, but speaks the whole protocol.
     `truths[id]` is a dict with `error_type`, `key_frames`, `region` and optionally `moment`,
-    `guidance`, `cites`, or a list of them, of which the first is taken whose `cites` the response
-    lacks, or else the last."""
+    `guidance`, `cites`, or a list of them: the first whose `cites` is not in the response is taken,
+    or else the last."""
 
     def reply(messages: list[dict]) -> tuple[str, int]:
         case_id, _, case = messages[1]["content"][0]["text"].removeprefix("Case: ").partition("\n")
@@ -901,8 +901,10 @@ def scripted(truths: dict[str, dict | list[dict]]) -> Chat:
         frames, region = evidence["key_frames"], evidence.get("region")
 
         if len(messages) == 2:  # the first turn: look, as a model should
-            zoom = region and f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"
-            calls = [zoom] if region else [f"TOOL_CALL: get_frame({frame})" for frame in frames]
+            if region:
+                calls = [f"TOOL_CALL: zoom_region({frames[0]}, {', '.join(map(str, region))})"]
+            else:
+                calls = [f"TOOL_CALL: get_frame({frame})" for frame in frames]
             return "<think>What is to be seen there?</think>\n" + "\n".join(calls), 0
 
         patch = {

@@ -44,7 +44,7 @@ import ffr
 import grpo
 import teacher
 from ffr import Member, Question, Student, flat
-from reward import accuracy, answers_correctly, gate
+from reward import answers_correctly, gate
 
 STEPS_WITHOUT_PATCH = 10  # that many, one after another, stop the run
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
@@ -82,13 +82,13 @@ class RunSettings:
 class Config(
     grpo.Objective,
     grpo.SamplingSettings,
-    ffr.Method,
+    ffr.RoundSettings,
     ffr.View,
     teacher.TeacherSettings,
     data.DataSettings,
     RunSettings,  # a dataclass begins with the fields of its last base
 ):
-    """All settings. Each file declares its own, and reads only these of all that it is handed."""
+    """All settings. Each file declares its own; whoever is handed all reads what it needs."""
 
 
 # Tiny mode is the same method at a small scale. Without --model these are the defaults.
@@ -470,7 +470,8 @@ def show_repair(run: Run, groups: list[list[Member]], step: int) -> None:
     that did not, or one of the other kind if there is none."""
     folder = Path(run.config.out, "repairs")
     drawn = len([*folder.glob("*.txt")])
-    if drawn * run.steps > 8 * (step - 1):
+    due = 8 * (step - 1) / run.steps
+    if drawn > due:
         return
 
     wanted = drawn % 4 != 3
@@ -535,6 +536,23 @@ def evaluation_row(member: Member) -> dict:
         "unaided": member.unaided.score.correct,
         "assisted": member.chosen.score.correct,
     }
+
+
+def accuracy(rows: list[dict]) -> dict[str, dict]:
+    """Unaided accuracy with its 95 % interval (Wilson): of all rows, by type and by source."""
+    groups = {"all": rows}
+    for row in rows:
+        for kind in ("type", "source"):
+            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+
+    table = {}
+    for name, group in groups.items():
+        n, z = max(len(group), 1), 1.96
+        share = sum(row["unaided"] for row in group) / n
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
+    return table
 
 
 def summarize_run(before: list[dict], after: list[dict], history: list[dict]) -> dict:
@@ -861,9 +879,10 @@ def read_launcher(what: str) -> str:
 
 def tiny_run(config: Config, accelerator) -> Config:
     """Write tiny mode's needle videos. Returns its settings, with these and the shipped student."""
-    ours = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in TINY]
+    names = [name for name in TINY if name not in ("out", "prompt")]
+    shown = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in names]
     accelerator.print("Tiny mode. (A notice above is accelerate's: its defaults are right here.)")
-    accelerator.print("In brackets, with --model:", *ours[2:], sep="\n  ")
+    accelerator.print("In brackets, with --model:", *shown, sep="\n  ")
     if accelerator.is_main_process:
         for name, (count, seed) in NEEDLES.items():
             data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)

@@ -25,16 +25,16 @@ def test_advantages_by_hand():
 
 def test_loss_by_hand():
     """2 rollouts of 3 and 2 tokens, ε 0.2, β 0.1."""
-    log = torch.tensor
-    logps = log([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).requires_grad_()
-    old = -log([[0.0, 0.4, -0.4], [0.4, 0.0, 9.0]])  # ratios 1, e^0.4, e^-0.4 | e^0.4, 1
-    ref = log([[0.0, 0.0, 0.5], [0.0, 0.0, 9.0]])
-    mask = log([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    tensor = torch.tensor
+    logps = tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).requires_grad_()
+    old = -tensor([[0.0, 0.4, -0.4], [0.4, 0.0, 9.0]])  # ratios 1, e^0.4, e^-0.4 | e^0.4, 1
+    ref = tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 9.0]])
+    mask = tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     loss = grpo.grpo_loss(
         logps,
         old,
         ref,
-        advantages=log([1.0, -1.0]),
+        advantages=tensor([1.0, -1.0]),
         mask=mask,
         total_tokens=5,
         epsilon=0.2,

@@ -488,7 +488,7 @@ def test_leaf_files_work_alone(tmp_path, name):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-LIMITS = {"teacher": 850, "reward": 400, "ffr": 580, "grpo": 510, "data": 630, "train": 800}
+LIMITS = {"teacher": 850, "reward": 400, "ffr": 580, "grpo": 510, "data": 630, "train": 810}
 
 
 @pytest.mark.parametrize("name", LIMITS)
