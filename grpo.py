@@ -541,11 +541,13 @@ def build_row(prompts: dict, episodes: list[Episode]) -> Row:
     for episode in episodes:
         prompt = prompts[episode.prompt]
         if episode.prompt not in paths:
+            # A longer prompt, met first: add what it does not have in common with the question.
             tokens = [each["input_ids"][0, :-1].tolist() for each in (root, prompt)]
             common = len(os.path.commonprefix(tokens))  # it takes any sequences
             added = slice_prompt(prompt, common, -1, after_pixels_of=root)
             paths[episode.prompt] = row.add(added, above=paths[root_number][:common])
 
+        # The leaf: the prompt's last token, then the completion without its last.
         length = len(episode.ids)
         whole = extend(prompt, episode.ids[:-1])
         leaf = slice_prompt(whole, -length, None, after_pixels_of=prompt)
@@ -582,16 +584,19 @@ def stack_rows(rows: list[Row], pad_id: int) -> tuple[dict, Tensor]:
 
     leaf = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     for k, row in enumerate(rows):
-        leaf[k, torch.cat(row.leaves) + length - row.length] = True
+        padding = length - row.length  # on the left
+        leaf[k, torch.cat(row.leaves) + padding] = True
     if all(len(row.leaves) == 1 for row in rows):
         return batch, leaf  # plain causal attention, by any kernel
 
-    sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)
+    # Padding sees itself, as a softmax over nothing is nan. A token sees its path, up to itself.
+    sees = torch.eye(length, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)  # (R, N, N)
     for k, row in enumerate(rows):
+        padding = length - row.length
         for path in row.paths:
-            path = path.to(device) + length - row.length
+            path = path.to(device) + padding
             sees[k, path[:, None], path] = path[:, None] >= path
-    batch["attention_mask"] = sees[:, None]
+    batch["attention_mask"] = sees[:, None]  # (R, 1, N, N), of all heads
     return batch, leaf
 
 
