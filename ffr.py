@@ -222,9 +222,8 @@ def reason_again(
 
 
 def patched_prompts(student: Student, patched: list[Member]) -> list[tuple[dict, list[Member]]]:
-    """Return the distinct prompts (x, c_i), each with the members that answer it. If no prompt can
-    be made of a patch (too long, or a frame does not decode), its members get an `error`
-    instead."""
+    """Return the distinct prompts (x, c_i), each with the members that answer it. Members whose
+    patch makes no prompt (too long, or a frame does not decode) get an `error` instead."""
     by_key = {}
     for member in patched:
         by_key.setdefault(prompt_key(member), []).append(member)

@@ -445,11 +445,9 @@ def leak_by_words(words: str, question: str, options: list[str], answer: str) ->
             new, said = set(split_words(answer)), split_words(words)
         return "it holds the answer's words" if word_match(list(new), said) >= 0.5 else None
 
-    others = list(matches.values())
+    others = list(matches.values())  # ✗ 'a taxi', 'no bus, no tram'  ✓ 'the bus or the taxi'
     if others and (of_answer < min(others) or of_answer > max(others)):
-        return (
-            "it tells the options apart"  # ✗ 'a taxi', 'no bus, no tram'  ✓ 'the bus or the taxi'
-        )
+        return "it tells the options apart"
     return None
 
 

@@ -548,7 +548,7 @@ def accuracy(rows: list[dict]) -> dict[str, dict]:
     table = {}
     for name, group in groups.items():
         n, z = max(len(group), 1), 1.96
-        share = sum(row["unaided"] for row in group) / n
+        share = mean(group, "unaided")
         middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
         table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
