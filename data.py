@@ -123,7 +123,7 @@ def digest(path: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     if not Path(path).is_file():
-        raise DataError(path, "no such data file", "; give a .json or .jsonl file")
+        raise DataError(path, "no such file", "; check its name")
     return Path(path).read_bytes()
 
 
@@ -189,8 +189,10 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
     options = record.get("options") or []
     need(isinstance(options, list), "field 'options' is no list", "; mend it")
     options = [str(option) for option in options]
-    can_be_asked = options or problem_type != "multiple choice"
-    need(can_be_asked, "multiple choice without options", "; add 'options'")
+    if problem_type == "multiple choice":
+        need(options, "multiple choice without options", "; add 'options'")
+        lettered = all(map(begins_with, options, "ABCDEFGHIJ"))
+        need(lettered, "options without letters", "; begin them with 'A. ', 'B. ' and so on")
 
     video = root / record["path"]
     need(video.is_file(), "no video at", f" {video}; mend 'path' or give --video_root")
@@ -208,6 +210,10 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
         truth={name: record[name] for name in TRUTHS if name in record},
         record={name: value for name, value in record.items() if name not in KNOWN},
     )
+
+
+def begins_with(option: str, letter: str) -> bool:
+    return re.match(rf"\W*{letter}\b", option, re.IGNORECASE) is not None
 
 
 def reference_fault(answer: str, problem_type: str, options: list[str]) -> str | None:
@@ -400,7 +406,7 @@ def open_clip(path: str) -> tuple[list[float], bool, float]:
 def name_fault(path: str, container: str, header: bytes, error: str) -> DataError:
     """Say why decord does not open a file, with its container and the codec in its header."""
     if container == "unknown container":
-        return DataError(path, "no video file", "; replace it")
+        return DataError(path, "not a video", "; replace the file")
     codec = re.search(CODEC, header, re.DOTALL)
     name = codec[codec.lastindex].decode("latin-1") if codec else "not found"
     if "cannot find video stream" not in error:
@@ -559,6 +565,8 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
+    if not usable:
+        raise DataError(file, "no record is fine", "; mend it as the lines above say")
     print(f"{len(usable)} of {len(records)} records are fine; nothing has to be edited:")
     print(f"`train.py --data {file} --skip {written}` leaves the others out.")
 
@@ -571,7 +579,7 @@ def print_table(samples: list[Sample], lengths: list[tuple]) -> None:
     for name, values in zip(("frames", "seconds"), zip(*lengths)):
         print(f"  {name:14}{min(values):.5g} to {max(values):.5g}, median {median(values):.5g}")
     questions = {(sample.path, sample.question, *sample.options) for sample in samples}
-    print(f"  {'asked again':14}{len(samples) - len(questions)} (same question, same video)")
+    print(f"  {'repeated':14}{len(samples) - len(questions)} (same question, same video)")
 
 
 def main() -> None:

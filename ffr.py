@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from data import PATIENCE, Sample, Video, fit
+from data import PATIENCE, Sample, Video, fit, read_record
 from grpo import (
     Completion,
     Episode,
@@ -580,33 +580,36 @@ class Query:
     seed: Annotated[int, "of what is sampled"] = 0
 
 
-def settings_parser(classes: list, tiny: dict = {}, **options) -> HfArgumentParser:
+def settings_parser(classes: list, tiny={}, defaults={}, **options) -> HfArgumentParser:
     """Return a parser for settings dataclasses. Each becomes a group of --help, titled with the
     first sentence of its docstring. A field's help text is its annotation, then in brackets its
-    default and its default in tiny mode."""
+    default (of `defaults`, or its own) and its default in tiny mode."""
     for settings_class in classes:
         settings_class._argument_group_name = settings_class.__doc__.partition(".")[0]
         hints = get_type_hints(settings_class, include_extras=True)
         for setting in fields(settings_class):
             (help_text,) = hints[setting.name].__metadata__
-            if setting.default not in ("", PROMPT, MISSING):
+            default = defaults.get(setting.name, setting.default)
+            if default not in ("", PROMPT, MISSING):
                 in_tiny_mode = f"; tiny mode {tiny[setting.name]}" if setting.name in tiny else ""
-                help_text += f" [{setting.default}{in_tiny_mode}]"
+                help_text += f" [{default}{in_tiny_mode}]"
             setting.metadata = {"help": help_text}
 
-    return HfArgumentParser(
-        classes, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **options
-    )
+    options |= {"allow_abbrev": False, "formatter_class": argparse.HelpFormatter}
+    parser = HfArgumentParser(classes, **options)
+    parser.set_defaults(**defaults)
+    return parser
 
 
 def explain(arguments: list[str]) -> None:
     """Run one round on a video of your own. Prints what is repaired and draws it as OUT/why.png."""
     config = read_query(arguments)
     try:
+        sample = sample_of(config)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         student = load_student(config)
         teach = load_teacher(config, student.model.device, gate, answers_correctly, evidence={})
-        question = open_question(student, sample_of(config))
+        question = open_question(student, sample)
     except (OSError, ValueError) as error:
         raise SystemExit(f"ffr.py: {error}") from error
 
@@ -623,30 +626,29 @@ def explain(arguments: list[str]) -> None:
     repairs.sort(key=lambda member: not member.repaired.score.correct)  # a right one first
     right = sum(member.unaided.score.correct for member in group)
     fixed = sum(member.repaired.score.correct for member in repairs)
-    print(f"{right} of {len(group)} right at first ({question.sample.problem_type}), ", end="")
+    print(f"{right} of {len(group)} right at first ({sample.problem_type}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
 
-    unhelped = [
-        f"{member.unaided.text}\n  No patch ({member.error})"
-        for member in group
-        if member.error is not None
-    ]
-    for words in dict.fromkeys(unhelped):
-        print(words)
+    unhelped = [member for member in group if member.error is not None]
+    answers = {member.unaided.text: None for member in unhelped}  # each once
+    reasons = {f"  No patch ({member.error})": None for member in unhelped}
+    print(*answers, *reasons, sep="\n")
 
     if repairs:
         file = Path(config.out, "why.png")
         print(draw_repair(repairs[0], config.kappa, config.lam, file))
-        print(f"\nAs a picture: {file}")
+        print(f"\nAs a picture, one of {len(repairs)} repairs: {file}")
+    else:
+        print("Nothing was repaired, so there is no picture.")
 
 
 def read_query(arguments: list[str]) -> argparse.Namespace:
     """Read the command's settings; exit with one sentence if they make no sense."""
     classes = [Query, View, RoundSettings, SamplingSettings, TeacherSettings]
     usage = "ffr.py VIDEO --question Q --answer A --model M --teacher_model T [settings]"
-    parser = settings_parser(classes, prog="ffr.py", usage=usage, description=explain.__doc__)
+    words = {"usage": usage, "description": explain.__doc__}
+    parser = settings_parser(classes, defaults={"teacher": "local"}, prog="ffr.py", **words)
     parser.add_argument("video", help="before any of the settings")
-    parser.set_defaults(teacher="local")
     config = parser.parse_args(arguments)
     checks = [
         (not Path(config.video).is_file(), f"no video at {config.video}"),
@@ -667,7 +669,7 @@ def checks_of_round(config) -> list[tuple]:
         (lam >= kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (config.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
-        (nameless, "this --teacher needs --teacher_model"),
+        (nameless, f"--teacher {config.teacher} needs --teacher_model"),
         (nowhere, "give --teacher_url"),
     ]
 
@@ -682,15 +684,17 @@ def load_student(config) -> Student:
 
 
 def sample_of(config) -> Sample:
+    """Read the question as a record of a data set, with all checks. Raises ValueError."""
     guess = "multiple choice" if config.options else "free-form"
-    return Sample(
-        id="video",
-        question=config.question,
-        options=config.options,
-        answer=config.answer,
-        problem_type=config.problem_type or guess,
-        path=config.video,
-    )
+    record = {
+        "problem_id": "video",
+        "path": config.video,
+        "problem_type": config.problem_type or guess,
+        "problem": config.question,
+        "options": config.options,
+        "solution": f"<answer>{config.answer}</answer>",
+    }
+    return read_record(record, "the question", Path())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -348,6 +349,8 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
         vision.requires_grad_(not freeze_vision)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
+        if Path(name, "model").is_dir():
+            why = f"it is the folder of a run, whose weights are in {name}/model"
         raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
 
     lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})

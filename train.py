@@ -533,6 +533,7 @@ def evaluation_row(member: Member) -> dict:
         "id": sample.id,
         "type": sample.problem_type,
         "source": sample.source,
+        "answer": member.unaided.text,
         "unaided": member.unaided.score.correct,
         "assisted": member.chosen.score.correct,
     }
@@ -543,7 +544,8 @@ def accuracy(rows: list[dict]) -> dict[str, dict]:
     groups = {"all": rows}
     for row in rows:
         for kind in ("type", "source"):
-            groups.setdefault(f"{kind} {row[kind]}", []).append(row)
+            if row[kind]:
+                groups.setdefault(f"{kind} {row[kind]}", []).append(row)
 
     table = {}
     for name, group in groups.items():
@@ -592,7 +594,7 @@ MEANINGS = {
     "intervention_last": "the same, last third",
     "fix_rate": "share of second answers right",
     "teacher_failures": "wrong first answers that got no patch",
-    "seconds": "whole run, with both evaluations",
+    "seconds": "of the whole command",
 }
 
 
@@ -787,7 +789,8 @@ def claim_folder(config: Config, processes: int) -> None:
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
     if begun and not config.resume and not replaces:
-        raise ValueError(f"{out} holds a run: --resume it, remove it or choose another --out")
+        kind = "an evaluation" if config.eval_only else "a run"
+        raise ValueError(f"{out} holds {kind}: --resume it, remove it or choose another --out")
     if replaces:
         print(f"train.py: {out} holds a tiny run; this one replaces it")
         remove_tiny_run(out)
@@ -905,6 +908,7 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
         data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)
     if not config.eval_only:
         count_steps(config, accelerator, samples)  # too few are refused before any work
+    accelerator.print(f"{len(samples)} records, {len(held_out)} held out")
     return samples, held_out
 
 

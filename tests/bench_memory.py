@@ -1,14 +1,20 @@
-"""Peak memory of an update and of a generation against G, frames, completion length and β: measured
-on tiny models, fitted by a formula, and computed from it for a 7B. `python tests/bench_memory.py`
+"""Peak memory of an update and of a generation against G, frames, completion length, β and pictures
+of patches: measured on tiny models, fitted by a formula, and computed from it for a 7B.
+`python tests/bench_memory.py` writes assets/memory.json.
 
     held        weights, their gradients and Adam's two states where they are trained, π_ref (β > 0,
                 no copy with LoRA), and the bf16 copies that autocast keeps of fp32 linear layers
-    update      held + a · N · layers · width + v · patches · depth · width_v + c · g · C · V + m · N²
-    generation  held, less gradients, + 4 · G (L + C) · layers · kv_width
-                + d · G (L + C) · width + e · patches · width_v + f · G · V
+    update      held + a · N · layers · width + v · patches · depth · width_v + c · g · C · V
+                + m · N² / rows
+    generation  held, less gradients, + 4 · K · layers · kv_width
+                + d · K · width + e · patches · width_v + f · G · V + h · prompts · (L + c)²
+
+P parameters, L prompt tokens, c tokens that a patch adds, C completion tokens, V vocabulary, g
+rollouts at once, K = G (L + c + C) tokens in the cache. A group that shares one row has N = L + g (c
++ C) columns, and its video once; in rows of their own, g rollouts have N = g (L + c + C). With
+patches it is the worst case: each rollout is a repair, and has a patch, and so a prompt, of its own.
 
 With checkpointing, the input of every layer of both towers is kept, in fp32: known, not fitted.
-P parameters, L prompt tokens, C completion tokens, V vocabulary, g rollouts at once, N = L + g · C.
 With LoRA the frozen linear layers are stored in bf16, and nothing is kept to train them. Bytes are
 those of live tensors: no allocator's rounding, no fragmentation, no kernels' workspaces.
 """
@@ -17,6 +23,7 @@ import json
 import sys
 import weakref
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,14 +40,28 @@ import grpo  # noqa: E402
 import train  # noqa: E402
 
 VOCABULARY, PAD, IMAGE, VIDEO, START, STOP = 2048, 1, 2, 3, 4, 5
-BASE = dict(G=4, frames=8, words=20, completion=32, beta=0.04)
-SWEEPS = dict(G=(2, 4, 8), frames=(4, 16), words=(200, 400), completion=(16, 128), beta=(0.0,))
-# Qwen2.5-VL-7B, and the paper's settings: 16 frames of 128 · 28 · 28 pixels, two to a token step
+BASE = dict(G=4, frames=8, words=20, completion=32, beta=0.04, pictures=0, shared=True)
+SWEEPS = dict(
+    G=(2, 4, 8),
+    frames=(4, 16),
+    words=(200, 400),
+    completion=(16, 128),
+    beta=(0.0,),
+    pictures=(1, 6),
+    shared=(False,),
+)
+# Qwen2.5-VL-7B, and the paper's settings: 16 frames of 128 · 28 · 28 pixels, two to a token step;
+# a picture of a patch has 512 · 28 · 28 pixels, and the patch some 60 tokens of text.
 WAYS = ("plain", "checkpointed", "LoRA, checkpointed")
 RANK = 16
 ADAPTERS = 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528)  # parameters of a 7B's, for each rank
 SEVEN = dict(P=8.29e9, layers=28, width=3584, kv=512, depth=32, vision=1280, V=152_064)
+DECODER = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18_944)  # its layers' parameters
 PAPER = dict(G=8, prompt=8 * 128 + 200, patches=16 // 2 * 128 * 4, completion=1024)
+PATCHES = {
+    pictures: dict(added=(60 + pictures * 512) * (pictures > 0), added_patches=pictures * 512 * 4)
+    for pictures in (0, 1, 6)
+}
 
 
 def build(width, layers):
@@ -79,12 +100,14 @@ def build(width, layers):
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def prompt_of(frames, words):
-    """A question of so many words about `frames` frames of 8 × 8 patches, 16 tokens each two frames."""
+def prompt_of(frames, words, pictures=0):
+    """A question of so many words about `frames` frames of 8 × 8 patches, 16 tokens each two frames,
+    with a patch of pictures of that size."""
     steps = frames // 2
     ids = [START] + [VIDEO] * 16 * steps + [STOP] + [9] * words
-    kinds = [2 * (token == VIDEO) for token in ids]
-    return {
+    ids += ([START] + [IMAGE] * 16 + [STOP]) * pictures + [9]
+    kinds = [{IMAGE: 1, VIDEO: 2}.get(token, 0) for token in ids]
+    prompt = {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids)).long(),
         "mm_token_type_ids": torch.tensor([kinds]).int(),
@@ -92,6 +115,10 @@ def prompt_of(frames, words):
         "video_grid_thw": torch.tensor([[steps, 8, 8]]),
         "second_per_grid_ts": torch.tensor([1.0]),
     }
+    if pictures:
+        prompt["pixel_values"] = torch.randn(64 * pictures, 1176)
+        prompt["image_grid_thw"] = torch.tensor([[1, 8, 8]] * pictures)
+    return prompt
 
 
 class Peak(TorchDispatchMode):
@@ -142,11 +169,13 @@ def held(model, reference) -> dict[str, int]:
     }
 
 
-def measure(width, layers, way, G, frames, words, completion, beta):
+def measure(width, layers, way, G, frames, words, completion, beta, pictures, shared):
     """Peaks of one update and one generation, and what the formula takes as inputs."""
     model = build(width, layers)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prompt = ffr.with_positions(model, prompt_of(frames, words))
+    patched = ffr.with_positions(model, prompt_of(frames, words, pictures))
+    prompts = {0: prompt} | {1 + k: patched for k in range(G)}
     reference = None
     if way == "LoRA, checkpointed":
         model = train.add_adapters(model, RANK)
@@ -161,16 +190,21 @@ def measure(width, layers, way, G, frames, words, completion, beta):
     ids, zeros = torch.full((completion,), 9), torch.zeros(completion)
     bytes_held = held(model, reference)
     model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
-    batch = grpo.Batch({0: prompt}, [grpo.Episode(0, 0, ids, zeros, 1.0)] * G, G * completion)
+    numbers = range(1, G + 1) if pictures else [0] * G
+    episodes = [grpo.Episode(0, number, ids, zeros, 1.0) for number in numbers]
+    batch = grpo.Batch(prompts, episodes, G * completion)
     pi_ref = model if beta and not reference else reference
 
     def update():
-        objective = grpo.Objective(beta=beta)
+        objective = grpo.Objective(beta=beta, row_tokens=10**9 if shared else 0)
         grpo.update(accelerator, model, optimizer, batch, sampling, objective, pi_ref)
 
     def generate():
         with accelerator.autocast():
-            grpo.generate(model, [prompt], [[*range(G)]], sampling)
+            if pictures:
+                grpo.generate(model, [patched] * G, [[seed] for seed in range(G)], sampling)
+            else:
+                grpo.generate(model, [prompt], [[*range(G)]], sampling)
 
     update()  # Adam's states are there from the first step on
     modules = [model, *([reference] if reference else [])]
@@ -183,9 +217,13 @@ def measure(width, layers, way, G, frames, words, completion, beta):
         "vision": 64,
         "V": VOCABULARY,
         "G": G,
+        "at_once": G,
         "prompt": prompt["input_ids"].shape[1],
         "completion": completion,
         "patches": len(prompt["pixel_values_videos"]),
+        "added": patched["input_ids"].shape[1] - prompt["input_ids"].shape[1],
+        "added_patches": 64 * pictures,
+        "shared": shared,
         "beta": beta,
         "checkpointing": way != "plain",
         "update": peak_of(update, optimizer, *modules),
@@ -195,19 +233,31 @@ def measure(width, layers, way, G, frames, words, completion, beta):
 
 def terms(x):
     """The formula's known parts in bytes, and what its coefficients multiply."""
-    cached = x["G"] * (x["prompt"] + x["completion"])
-    once = x.get("at_once", x["G"])
-    packed = x["prompt"] + once * x["completion"]  # N
-    inputs = [packed * x["layers"] * x["width"], x["patches"] * x["depth"] * x["vision"]]
+    once, patched = x["at_once"], x["prompt"] + x["added"]
+    if x["shared"]:
+        rows, columns = 1, columns_of_shared_row(x)
+        patches = x["patches"] + once * x["added_patches"]
+    else:
+        rows, columns = once, once * (patched + x["completion"])
+        patches = once * (x["patches"] + x["added_patches"])
+    inputs = [columns * x["layers"] * x["width"], patches * x["depth"] * x["vision"]]
     kept = 4 * sum(inputs) * x["checkpointing"]
     always = sum(x["held"].values())
+
+    prompts = x["G"] if x["added"] else 1
+    cached = x["G"] * (patched + x["completion"])
+    read = prompts * (x["patches"] + x["added_patches"])
     return {
-        "update": (always + kept, [*inputs, once * x["completion"] * x["V"], packed**2]),
+        "update": (always + kept, [*inputs, once * x["completion"] * x["V"], columns**2 / rows]),
         "generation": (
             always - x["held"]["gradients"] + 4 * cached * x["layers"] * x["kv"],
-            [cached * x["width"], x["patches"] * x["vision"], x["G"] * x["V"], x["prompt"] ** 2],
+            [cached * x["width"], read * x["vision"], x["G"] * x["V"], prompts * patched**2],
         ),
     }
+
+
+def columns_of_shared_row(x):
+    return x["prompt"] + x["at_once"] * (x["added"] + x["completion"])
 
 
 def fit(points, kind):
@@ -243,8 +293,39 @@ def held_of_7b(lora: bool, beta: float) -> dict[str, float]:
     }
 
 
+def of_7b(fits: dict, way: str, beta: float, once: int, pictures: int) -> dict[str, float]:
+    """GB of a 7B at the paper's settings, `once` rollouts at a time, each with `pictures`."""
+    x = SEVEN | PAPER | PATCHES[pictures]
+    x |= {"at_once": once, "checkpointing": way != "plain"}
+    x["shared"] = columns_of_shared_row(x) <= grpo.Objective().row_tokens
+    x["held"] = known = held_of_7b(way.startswith("LoRA"), beta)
+    peaks = {}
+    for kind, (coefficients, _) in fits[way].items():
+        always, factors = terms(x)[kind]
+        peaks[kind] = always + sum(c * f for c, f in zip(coefficients, factors))
+    held_in_generation = sum(known.values()) - known["gradients"]
+    in_update = peaks["update"] - sum(known.values())
+    in_generation = peaks["generation"] - held_in_generation
+    # FSDP2 splits parameters, gradients, Adam and π_ref (in fp32), and keeps no copies. While it
+    # samples, grpo.gathered_once has the decoder layers whole, in bf16.
+    whole = known["weights"] + known["gradients"] + known["Adam"]
+    split = (whole + 4 * SEVEN["P"] * (known["reference"] > 0)) / 8
+    found = {
+        "weights, gradients, Adam": whole,
+        "reference": known["reference"],
+        "bf16 copies": known["bf16 copies"],
+        "activations, logits, mask": in_update,
+        "one GPU, update": peaks["update"],
+        "one GPU, generation": peaks["generation"],
+        "8 GPUs, FSDP2, update": split + in_update,
+        "8 GPUs, FSDP2, generation": split - known["gradients"] / 8 + 2 * DECODER + in_generation,
+    }
+    return {name: round(value / 1e9, 1) for name, value in found.items()}
+
+
 def main():
-    result = {"settings": {"7B": SEVEN, "paper": PAPER}, "fits": {}, "points": {}}
+    result = {"settings": {"7B": SEVEN, "paper": PAPER, "patches": PATCHES}}
+    result |= {"fits": {}, "points": {}}
     for way in WAYS:
         points = []
         for width, layers in ((112, 2), (224, 4)):
@@ -256,33 +337,14 @@ def main():
         result["points"][way], result["fits"][way] = points, fits
         for kind, (coefficients, error) in fits.items():
             print(f"  {way} {kind}: {[round(c, 1) for c in coefficients]}, error ≤ {error:.1%}")
-    table = {}
-    for way, beta, once in (*((way, 0.04, 8) for way in WAYS), ("checkpointed", 0.0, 8)):
-        x = SEVEN | PAPER | {"at_once": once, "checkpointing": way != "plain"}
-        x["held"] = known = held_of_7b(way.startswith("LoRA"), beta)
-        peaks = {}
-        for kind, (coefficients, _) in result["fits"][way].items():
-            always, factors = terms(x)[kind]
-            peaks[kind] = always + sum(c * f for c, f in zip(coefficients, factors))
-        moving = peaks["update"] - sum(known.values())
-        # parameters, gradients, Adam and π_ref (in fp32) are split; no copies are kept
-        whole = known["weights"] + known["gradients"] + known["Adam"]
-        spread = (whole + 4 * SEVEN["P"] * (known["reference"] > 0)) / 8
-        table[f"{way}, beta {beta}, {once} at once"] = {
-            name: round(value / 1e9, 1)
-            for name, value in {
-                "weights, gradients, Adam": whole,
-                "reference": known["reference"],
-                "bf16 copies": known["bf16 copies"],
-                "activations, logits, mask": moving,
-                "one GPU": peaks["update"],
-                "one GPU, generation": peaks["generation"],
-                "8 GPUs, FSDP2": spread + moving,
-            }.items()
-        }
-    result["GB"] = table
+
+    ways = [*((way, 0.04) for way in WAYS), ("checkpointed", 0.0)]
+    result["GB"] = {}
+    for (way, beta), once, pictures in product(ways, (PAPER["G"], 1), PATCHES):
+        name = f"{way}, beta {beta}, {once} at once, {pictures} pictures"
+        result["GB"][name] = of_7b(result["fits"], way, beta, once, pictures)
     Path("assets/memory.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(table, indent=1))
+    print(json.dumps(result["GB"], indent=1))
 
 
 if __name__ == "__main__":

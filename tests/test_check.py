@@ -26,7 +26,7 @@ def absurd(content: bytes) -> bytes:
 BREAK = {  # what is done to a file's bytes, and what the check says of it
     "zero bytes": (lambda content: b"", "an empty file"),
     "truncated": (lambda content: content[: len(content) // 2], "cut short"),
-    "text": (lambda content: b"this is text", "no video file"),
+    "text": (lambda content: b"this is text", "not a video"),
     "missing": (lambda content: None, "no video at"),
     "one frame": (lambda content: one_frame(content), "1 frame(s)"),
     "absurd header": (absurd, "ended decord"),
@@ -118,7 +118,15 @@ def test_check_lists_each_broken_record(tmp_path, clip):
         "7": "'options' is no list",
     }
     assert list(listed) == list(words) and all(words[k] in listed[k] for k in words)
-    assert "asked again   1" in said  # records 6 and 8
+    assert "repeated      1" in said  # records 6 and 8
+
+
+def test_a_file_without_a_fine_record_is_no_success(tmp_path):
+    (tmp_path / "notes.jsonl").write_text("what is to be asked")
+    command = [sys.executable, str(ROOT / "data.py"), str(tmp_path / "notes.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "not valid JSON" in done.stdout
+    assert "notes.jsonl: no record is fine; mend it" in done.stderr
 
 
 def test_skip_list_of_another_file_is_refused(broken):

@@ -52,6 +52,10 @@ def test_records_load_from_json_and_jsonl(tmp_path, clip):
         ),
         ({"path": "gone.avi"}, "record 2: no video at"),
         ({"problem_type": "multiple choice"}, "record 2: multiple choice without options"),
+        (
+            {"problem_type": "multiple choice", "options": ["A. x", "y"]},
+            "record 2: options without letters; begin them with 'A. ', 'B. '",
+        ),
         ({"data_type": "image"}, "record 2: data_type is not 'video'"),
         ({"problem_id": 1}, "record 2: problem_id of record 1"),
     ],
@@ -62,8 +66,16 @@ def test_bad_record_is_named_with_field_and_remedy(tmp_path, clip, change, said)
         data.load_samples(write(tmp_path, [GOOD, bad]))
 
 
+@pytest.mark.parametrize("options", [["A. x", "B. y"], ["(A) x", "(B) y"], ["a: x", "b: y"]])
+def test_options_may_show_their_letters_as_they_like(tmp_path, clip, options):
+    change = {"problem_type": "multiple choice", "options": options}
+    change["solution"] = "<answer>B</answer>"
+    (sample,) = data.load_samples(write(tmp_path, [GOOD | change]))
+    assert sample.options == options
+
+
 def test_bad_files_are_named(tmp_path, clip):
-    with pytest.raises(data.DataError, match="nothing.json: no such data file"):
+    with pytest.raises(data.DataError, match="nothing.json: no such file"):
         data.load_samples(str(tmp_path / "nothing.json"))
     (tmp_path / "broken.json").write_text("[{]")
     with pytest.raises(data.DataError, match="broken.json: not valid JSON"):
@@ -74,7 +86,7 @@ def test_bad_files_are_named(tmp_path, clip):
 
 def test_text_file_named_mp4_does_not_open(tmp_path):
     (tmp_path / "fake.mp4").write_text("no video")
-    with pytest.raises(data.DataError, match="fake.mp4: no video file; replace it"):
+    with pytest.raises(data.DataError, match="fake.mp4: not a video; replace the file"):
         data.Video(str(tmp_path / "fake.mp4"))
 
 
@@ -138,7 +150,7 @@ def test_needle_videos_are_reproducible_and_seeded(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"options": ["dog", "cat"], "solution": "<answer>cat</answer>"}, "'cat'"),
+        ({"options": ["A. dog", "B. cat"], "solution": "<answer>cat</answer>"}, "'cat'"),
         ({"options": ["A. x", "B. y"], "solution": "<answer>AB</answer>"}, "'AB'"),
         ({"options": ["A. x", "B. y"], "solution": "<answer>E</answer>"}, "'E' names none"),
         ({"problem_type": "numerical", "solution": "<answer>3 or 4</answer>"}, "'3 or 4'"),

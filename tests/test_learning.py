@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 import torch
 from cold_start import chain_rationale, chain_videos, needle_rationale
 from conftest import ROOT
-from report_learning import interval, searched
+from report_learning import by_arm, interval, retention, searched, short_table, table
 
 import data
 import ffr
@@ -173,23 +172,20 @@ def test_interval_is_student_s():
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.4843), abs=1e-4)
 
 
-def test_record_table_and_readme_agree():
+def test_the_first_looks_record_and_table_agree():
     record = json.loads((ROOT / "assets" / "learning.json").read_text())
-    table = (ROOT / "assets" / "learning.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| (?:%s) \| \d .*$" % "|".join(record["arms"]), readme, re.MULTILINE)
-    assert len(shown) >= 6 and all(line in table.splitlines() for line in shown)
+    told = (ROOT / "assets" / "learning.md").read_text(encoding="utf-8")
     for job in bench.needle_jobs():
         name, arm = bench.name_of(job), job.arm
         if job.phase == "arms" and name in record["rows"]:
             assert record["rows"][name]["unaided"] in record["arms"][arm]["unaided"]
     for arm, found in record["arms"].items():
         mean, half = interval(found["unaided"])
-        assert f"| {arm} | {len(found['unaided'])} | {mean:.3f} ± {half:.3f} |" in table
+        assert f"| {arm} | {len(found['unaided'])} | {mean:.3f} ± {half:.3f} |" in told
         assert all(300_000 <= n < 303_000 for n in found["tokens"])
 
 
-def test_what_the_readme_says_of_the_arms_is_in_the_record():
+def test_what_the_first_look_says_of_its_arms_is_in_the_record():
     record = json.loads((ROOT / "assets" / "learning.json").read_text())
     arms, mean = record["arms"], lambda values: sum(values) / len(values)
     middle, half = interval(arms["FFR"]["unaided"])
@@ -219,6 +215,81 @@ def test_what_the_readme_says_of_the_arms_is_in_the_record():
                 if job[:2] == ("grid", arm) and job.lr == lr
             ]
             assert mean(tried) == pytest.approx(share, abs=0.0051)
+
+
+def chain_record() -> dict:
+    return json.loads((ROOT / "assets" / "chain.json").read_text())
+
+
+def test_the_chains_table_is_its_record_and_all_of_it_is_of_one_commit():
+    record = chain_record()
+    shown = (ROOT / "assets" / "chain.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in shown if line.startswith("|")] == table(record)
+    jobs = bench.chain_jobs(record["rows"])
+    assert {bench.name_of(job) for job in jobs} == set(record["rows"]) and len(jobs) == 240
+    cells = [record["rows"][bench.name_of(job)] for job in jobs if job.phase == "cells"]
+    assert len(cells) == 5 * (3 * 8 + 2) and len({row["commit"] for row in cells}) == 1
+    assert all(400_000 <= row["tokens"] < 404_000 for row in cells)
+
+
+def test_the_readme_shows_the_chains_table_and_figures():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(short_table(chain_record())) in readme
+    assert "(assets/chain-curves.png)" in readme and "(assets/chain-skills.png)" in readme
+
+
+def test_what_the_readme_says_of_the_chain_is_in_its_record():
+    record = chain_record()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def runs(cell: str, arm: str, key: str) -> list[float]:
+        return [row[key] for row in by_arm(record, cell)[arm]]
+
+    def mean(cell: str, arm: str, key: str) -> float:
+        return interval(runs(cell, arm, key))[0]
+
+    def apart(cell: str, worse: str, better: str, key: str) -> bool:
+        (low, its_half), (high, half) = (interval(runs(cell, a, key)) for a in (worse, better))
+        return low + its_half < high - half
+
+    # Repair teaches what comes after the evidence, and not to find it.
+    assert apart("never", "GRPO", "FFR", "assisted")
+    helped = {arm: mean("never", arm, "assisted") for arm in ("GRPO", "FFR")}
+    assert helped["FFR"] > 3 * helped["GRPO"]
+    assert (
+        f"FFR ends with {helped['FFR']:.2f} right with a patch, GRPO with {helped['GRPO']:.2f}"
+        in readme
+    )
+    rarer = [f"{mean('rarer', arm, 'assisted'):.2f}" for arm in ("FFR", "GRPO")]
+    assert f"In *rarer* it is {rarer[0]} and {rarer[1]}" in readme
+    for cell in record["starts"]:
+        assert not apart(cell, "GRPO", "FFR", "unaided")
+    found = runs("rare", "FFR", "unaided")
+    assert f"from {min(found):.2f} to {max(found):.2f}" in readme
+
+    # What plain GRPO unlearns.
+    tuning = [
+        row["reading"] / record["starts"]["never"]["reading"]
+        for row in record["rows"].values()
+        if row["phase"] == "rates"
+        and row["arm"] == "GRPO"
+        and row["start"] == record["settings"]["cells"]["never"]
+    ]
+    assert len(tuning) == 10 and sum(kept < 0.12 for kept in tuning) == 9
+    kept = retention(record, "never", by_arm(record, "never")["FFR"])
+    assert f"FFR at its rate keeps {interval(kept)[0]:.2f}" in readme
+    assert mean("never", "GRPO", "signal") < 0.005
+
+    # The bare prompt, and asking only where all failed.
+    assert apart("common", "bare prompt", "FFR", "unaided")
+    figures = [mean("common", arm, "unaided") for arm in ("bare prompt", "FFR")]
+    start = record["starts"]["common"]["unaided"]
+    told = "in *common*, {:.2f} right unaided, which was {:.2f} at the start, against {:.2f} with"
+    assert told.format(figures[0], start, figures[1]) in readme
+    asked = [mean("common", arm, "intervention_first") for arm in ("where all failed", "FFR")]
+    assert 0.17 < asked[0] / asked[1] < 0.23
+    hours = sum(row["seconds"] for row in record["rows"].values()) / 7200
+    assert f"(240 runs, {hours:.1f} hours on two threads" in readme
 
 
 def test_every_run_of_the_search_stands_in_its_table():

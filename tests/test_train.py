@@ -162,8 +162,8 @@ REFUSALS = {
     "questions_per_device=0 num_frames=0": "--num_frames, --questions_per_device must be 1 or more",
     "max_steps=-1": "--max_steps must be 0 or more",
     "learning_rate=-1": "--learning_rate must be 0 or more",
-    "teacher=local": "this --teacher needs --teacher_model",
-    "teacher=remote": "this --teacher needs --teacher_model",
+    "teacher=local": "--teacher local needs --teacher_model",
+    "teacher=remote": "--teacher remote needs --teacher_model",
     "teacher=remote teacher_model=m": "give --teacher_url",
 }
 
@@ -216,12 +216,12 @@ def test_what_is_wrong_with_the_input_is_said_before_training(
     records = str(Path(samples[0].path).parent / "records.jsonl")
     base = ["--model", model_folder, "--prompt", "{question}", "--frame_pixels", "1024"]
     gone = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "gone.json"))
-    assert "gone.json: no such data file" in gone
+    assert "gone.json: no such file" in gone
     (tmp_path / "fake.mp4").write_text("text")
     record = json.loads(Path(records).read_text().splitlines()[0]) | {"path": "fake.mp4"}
     (tmp_path / "fake.jsonl").write_text(json.dumps(record))
     fake = start(monkeypatch, tmp_path, *base, "--data", str(tmp_path / "fake.jsonl"))
-    assert "fake.mp4: no video file" in fake
+    assert "fake.mp4: not a video" in fake
     long = start(monkeypatch, tmp_path, *base, "--data", records, "--max_prompt_length", "20")
     assert "over the limit of 20" in long
     evidence = {k: v for k, v in record.items() if k != "evidence"} | {"path": samples[0].path}
@@ -247,6 +247,10 @@ def test_student_folders_that_cannot_train_are_refused(
     assert "opens <think> itself" in start(
         monkeypatch, tmp_path, "--model", str(tmp_path / "opens"), "--data", records
     )
+    shutil.copytree(model_folder, tmp_path / "run" / "model")
+    run = str(tmp_path / "run")
+    said = start(monkeypatch, tmp_path, "--model", run, "--data", records)
+    assert f"the folder of a run, whose weights are in {run}/model" in said
 
 
 def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
@@ -298,6 +302,10 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
     right = sum(row["unaided"] for row in rows)
     assert found["all"] == found["type exact"] == found["source needle"]
     assert found["all"]["n"] == 6 and found["all"]["accuracy"] == right / 6
+    assert all(row["unaided"] == (len(row["answer"]) % 3 == 0) for row in rows)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="holds an evaluation: --resume it, remove it or choose"):
+        train.main()
     assert "n 6" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "evaluation.manifest.json").read_text())
     assert (
