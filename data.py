@@ -51,7 +51,7 @@ class DataSettings:
     data: Annotated[str, "training records, .json or .jsonl in Video-R1's format"] = ""
     video_root: Annotated[str, "folder the records' paths start from; empty: the file's own"] = ""
     skip: Annotated[str, "list of records to leave out, as `python data.py` writes it (ours)"] = ""
-    eval_data: Annotated[str, "held-out records, for accuracy before and after (ours)"] = ""
+    eval_data: Annotated[str, "held-out records, less their FILE.skip.json's (ours)"] = ""
 
 
 class DataError(ValueError):

@@ -669,6 +669,7 @@ def checks_of_round(config) -> list[tuple]:
         (lam >= kappa > 0, "--lam must be below --kappa: help must not outrank none"),
         (config.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
+        ("{question}" not in config.prompt, "--prompt must hold {question}"),
         (nameless, f"--teacher {config.teacher} needs --teacher_model"),
         (nowhere, "give --teacher_url"),
     ]

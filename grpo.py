@@ -349,8 +349,8 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
         vision.requires_grad_(not freeze_vision)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
-        if Path(name, "model").is_dir():
-            why = f"it is the folder of a run, whose weights are in {name}/model"
+        if Path(name, "manifest.json").is_file():
+            why = f"it is the folder of a run, whose weights are in {name}/model, at its end"
         raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
 
     lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})

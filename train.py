@@ -151,18 +151,17 @@ def validate(config: Config) -> None:
     """Exit with one sentence if the settings make no sense."""
     too_small = [f"--{name}" for name in AT_LEAST_1 if getattr(config, name) < 1]
     negative = [f"--{name}" for name in AT_LEAST_0 if getattr(config, name) < 0]
-    lone = bool(config.model) != bool(config.data)
     trackers = ["all", *(str(tracker) for tracker in get_available_trackers())]
     unknown = {*tracker_names(config)} - {*trackers}
     checks = [
-        (lone, "--model and --data FILE, the records, go together"),
+        (bool(config.model) != bool(config.data), "--model and --data FILE go together"),
         (config.eval_data and not config.model, "--eval_data goes with --model and --data"),
         (config.eval_only and not config.model, "--eval_only needs --model, the student to ask"),
         (too_small, f"{', '.join(too_small)} must be 1 or more"),
         (negative, f"{', '.join(negative)} must be 0 or more"),
         (config.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
         (config.lora_rank and not find_spec("peft"), "--lora_rank needs peft: pip install peft"),
-        (unknown, f"--log_with {config.log_with}: pip install it; here: {trackers}"),
+        (unknown, f"--log_with {config.log_with}: unknown or not installed; here: {trackers}"),
     ]
     for refused, why in checks + ffr.checks_of_round(config):
         if refused:
@@ -716,6 +715,8 @@ def resume(config: Config, accelerator) -> tuple[int, list[dict]]:
     if folder:
         accelerator.load_state(str(folder))
     done = int(folder.name) if folder else 0
+    if config.resume:
+        accelerator.print(f"{done} steps of {config.out} are saved, and not done again")
     return done, shared_rows(accelerator, Path(config.out, "metrics.jsonl"), done)
 
 
@@ -783,7 +784,8 @@ def claim_folder(config: Config, processes: int) -> None:
     names = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
     begun = any(Path(out, f"{name}.jsonl").exists() for name in names)
     compared = [name for name in manifest if name not in MAY_DIFFER]
-    differ = ", ".join(name for name in compared if earlier.get(name) != manifest[name])
+    changed = [name for name in compared if earlier.get(name) != manifest[name]]
+    differ = ", ".join(f"{name} ({earlier.get(name)})" for name in changed)
     replaces = not config.resume and not config.model and earlier.get("model") == ""
 
     if begun and config.resume and differ:
@@ -902,7 +904,9 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
     samples = data.load_samples(config.data, config.video_root, config.skip)
     held_out = []
     if config.eval_data:
-        held_out = data.load_samples(config.eval_data, config.video_root)
+        listed = f"{config.eval_data}.skip.json"
+        skip = listed if Path(listed).is_file() else ""
+        held_out = data.load_samples(config.eval_data, config.video_root, skip)
     if accelerator.is_main_process:
         data.refuse_broken(samples, config.data, config.skip, config.decode_patience)
         data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)

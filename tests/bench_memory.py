@@ -5,7 +5,8 @@ of patches: measured on tiny models, fitted by a formula, and computed from it f
     held        weights, their gradients and Adam's two states where they are trained, π_ref (β > 0,
                 no copy with LoRA), and the bf16 copies that autocast keeps of fp32 linear layers
     update      held + a · N · layers · width + v · patches · depth · width_v + c · g · C · V
-                + m · N² / rows
+                + m · N² / rows. With checkpointing a and v are of one layer, and the input of every
+                layer of both towers is kept, in fp32: + 4 · (N · layers · width + patches · …)
     generation  held, less gradients, + 4 · K · layers · kv_width
                 + d · K · width + e · patches · width_v + f · G · V + h · prompts · (L + c)²
 
@@ -14,7 +15,6 @@ rollouts at once, K = G (L + c + C) tokens in the cache. A group that shares one
 + C) columns, and its video once; in rows of their own, g rollouts have N = g (L + c + C). With
 patches it is the worst case: each rollout is a repair, and has a patch, and so a prompt, of its own.
 
-With checkpointing, the input of every layer of both towers is kept, in fp32: known, not fitted.
 With LoRA the frozen linear layers are stored in bf16, and nothing is kept to train them. Bytes are
 those of live tensors: no allocator's rounding, no fragmentation, no kernels' workspaces.
 """
@@ -241,7 +241,10 @@ def terms(x):
         rows, columns = once, once * (patched + x["completion"])
         patches = once * (x["patches"] + x["added_patches"])
     inputs = [columns * x["layers"] * x["width"], patches * x["depth"] * x["vision"]]
-    kept = 4 * sum(inputs) * x["checkpointing"]
+    kept = 0
+    if x["checkpointing"]:
+        kept = 4 * sum(inputs)
+        inputs = [columns * x["width"], patches * x["vision"]]  # while one layer is computed again
     always = sum(x["held"].values())
 
     prompts = x["G"] if x["added"] else 1

@@ -127,8 +127,8 @@ def short_table(record: dict) -> list[str]:
     """The README's: an arm a line, but for those of two halves, and how it ends in the cells that
     have all arms."""
     cells = cells_of_all_arms(record)
-    columns = [f"{cell}: unaided | with a patch | reading kept" for cell in cells]
-    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 3 * len(cells)]
+    columns = [f"{cell}: unaided | with a patch" for cell in cells]
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 2 * len(cells)]
     for arm in by_arm(record, cells[0]):
         if "then" in arm:
             continue
@@ -136,7 +136,6 @@ def short_table(record: dict) -> list[str]:
         for cell in cells:
             rows = by_arm(record, cell)[arm]
             told_of += [told([row[key] for row in rows], 2) for key in ("unaided", "assisted")]
-            told_of.append(f"{statistics.mean(retention(record, cell, rows)):.2f}")
         lines.append(f"| {arm} | " + " | ".join(told_of) + " |")
     return lines
 

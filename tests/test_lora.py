@@ -10,6 +10,7 @@ import families
 import pytest
 import torch
 from conftest import ROOT, sampled
+from test_readme import snippet
 from test_train import train_once
 
 import ffr
@@ -131,7 +132,9 @@ def test_saved_adapters_are_peft_s_and_merge_into_the_trained_policy(
     assert not (saved / "config.json").exists()  # of the run with all weights, before
     base, _ = grpo.load_policy(model_folder)
     assert (grpo.completion_logps(base, prompt, ids, student.sampling) - want).abs().max() > 1e-4
-    merged = peft.PeftModel.from_pretrained(base, saved).merge_and_unload()
+    exec(snippet("def merge"), names := {})
+    names["merge"](model_folder, saved, tmp_path / "merged")
+    merged, _ = grpo.load_policy(str(tmp_path / "merged"))
     again, _ = grpo.load_policy(str(saved))  # as --eval_only takes it
     for model in (merged, again):
         got = grpo.completion_logps(model, prompt, ids, student.sampling)

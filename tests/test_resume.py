@@ -189,7 +189,7 @@ def test_run_is_neither_overwritten_nor_mixed(tmp_path, settings, monkeypatch):
     run()
     with pytest.raises(SystemExit, match="holds a run: --resume it"):
         run()
-    with pytest.raises(SystemExit, match="begun with another seed, kappa: --resume needs the same"):
+    with pytest.raises(SystemExit, match=r"begun with another seed \(0\), kappa \(0.3\): --resume"):
         run("--resume", "True", "--kappa", "0.2", "--seed", "1")
     run("--resume", "True", "--save_steps", "5")
     assert lines(tmp_path) == 1

@@ -252,7 +252,7 @@ def test_tensorboard_gets_the_metrics_and_a_repair_as_a_picture(
 
 
 def test_a_tracker_that_is_not_installed_is_refused(make_config):
-    with pytest.raises(SystemExit, match="--log_with nothing: pip install it"):
+    with pytest.raises(SystemExit, match="--log_with nothing: unknown or not installed"):
         make_config(log_with="nothing")
 
 

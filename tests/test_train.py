@@ -153,12 +153,13 @@ def test_every_record_is_seen_once_an_epoch(make_config, accelerator, samples):
 
 
 REFUSALS = {
-    "data=": "--model and --data FILE, the records, go together",
+    "data=": "--model and --data FILE go together",
     "num_rollouts=1": "--num_rollouts must be 2 or more",
     "kappa=-0.1 beta=-1": "--beta, --kappa must be 0 or more",
     "lam=0.3": "--lam must be below --kappa",
     "temperature=0": "--temperature must be above 0",
     "top_p=0": "--top_p must be in",
+    "prompt={questions}": "--prompt must hold {question}",
     "questions_per_device=0 num_frames=0": "--num_frames, --questions_per_device must be 1 or more",
     "max_steps=-1": "--max_steps must be 0 or more",
     "learning_rate=-1": "--learning_rate must be 0 or more",
@@ -249,8 +250,9 @@ def test_student_folders_that_cannot_train_are_refused(
     )
     shutil.copytree(model_folder, tmp_path / "run" / "model")
     run = str(tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").write_text("{}")
     said = start(monkeypatch, tmp_path, "--model", run, "--data", records)
-    assert f"the folder of a run, whose weights are in {run}/model" in said
+    assert f"the folder of a run, whose weights are in {run}/model, at its end" in said
 
 
 def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
