@@ -279,6 +279,14 @@ def test_decoder_ends_by_its_own_work_or_by_waiting(work, status):
     assert time.monotonic() - began >= 0.9
 
 
+def test_pauses_between_work_do_not_add_up(monkeypatch):
+    """Each second tick of half a second is idle, and a second in a row would end the process."""
+    clock, waits = iter([0.0, 0.0, 0.1, 0.1, 0.2, 0.2]), iter([False] * 5 + [True])
+    monkeypatch.setattr(data.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(data.os, "_exit", lambda status: pytest.fail(f"ended by {status}"))
+    data.end_if_stuck(SimpleNamespace(wait=lambda tick: next(waits)), patience=1.0, tick=0.5)
+
+
 def test_video_at_fault_is_asked_frame_by_frame_and_a_slow_one_is_not():
     asked = []
 

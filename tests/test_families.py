@@ -97,6 +97,17 @@ def test_rollouts_in_one_row_are_scored_as_in_rows_of_their_own(rows):
         assert (slope - plain[-1]).norm() / plain[-1].norm() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["sliding_attention", "linear_attention"])
+def test_rows_are_shared_only_if_every_layer_sees_all_tokens(rows, monkeypatch, kind):
+    student, prompts, completions = rows
+    episodes = [grpo.Episode(0, 0, completion.ids) for completion in completions]
+    assert len(grpo.plan_rows(student.model, prompts, episodes, 8192)) == 1
+    text = student.model.config.get_text_config()
+    for layer_types in ([kind, kind], ["full_attention", kind]):
+        monkeypatch.setattr(text, "layer_types", layer_types, raising=False)
+        assert len(grpo.plan_rows(student.model, prompts, episodes, 8192)) == 3
+
+
 def gradient(student, logps):
     """Of a sum in which each rollout has another weight."""
     sum(weight * row.sum() for weight, row in enumerate(logps, 1)).backward()

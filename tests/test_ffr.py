@@ -258,6 +258,16 @@ def test_repair_picture_shows_all_of_it(student, questions, teach, tmp_path):
     assert picture.width == 1200 and 600 < picture.height < 2400
 
 
+def test_a_row_of_pictures_has_its_height_though_it_is_not_full():
+    picture = ("0.0 s", Image.new("RGB", (64, 64)))
+
+    def height(count: int) -> int:
+        return ffr.draw_page([("seen", "", [picture] * count), ("said", "words", [])]).height
+
+    row = height(1) - height(0)
+    assert row > 100 and [height(k) - height(0) for k in (2, 3, 4)] == [row, row, 2 * row]
+
+
 def test_repair_picture_shows_no_picture_that_the_student_did_not_get(
     student, questions, teach, tmp_path, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """GRPO against hand-computed numbers, an independent implementation, and itself one row at a time."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,18 @@ def test_top_p_keeps_the_fewest_likely_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, 4)
     chosen, *_ = grpo.sample_token(logits, torch.linspace(0, 1, 501)[:500, None], sampling)
     assert chosen.flatten().bincount().tolist() == [313, 187]  # 5 to 3, of 500 even chances
+
+
+def test_entropy_of_a_uniform_policy_is_the_log_of_its_size():
+    sampling = grpo.Sampling(top_p=0.5)
+    _, _, entropy = grpo.sample_token(torch.zeros(2, 8), torch.tensor([[0.1], [0.9]]), sampling)
+    assert entropy[:, 0].tolist() == pytest.approx([math.log(8)] * 2)
+
+
+def test_a_ratio_is_counted_as_clipped_on_either_side():
+    logps = torch.tensor([0.7, 0.9, 1.0, 1.1, 1.3]).log()[None]
+    figures = grpo.token_figures(logps, torch.zeros(1, 5), None, epsilon=0.2)
+    assert figures["clipped"].tolist() == [[True, False, False, False, True]]
 
 
 def test_greedy_sampling_takes_the_likeliest_token_whatever_the_chance():

@@ -34,6 +34,13 @@ def broken(model_folder, samples, tmp_path, monkeypatch):
     return run
 
 
+def test_an_end_that_is_also_the_padding_can_be_sampled(student):
+    tokenizer = SimpleNamespace(eos_token_id=7, pad_token_id=7)
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    sampling = grpo.load_sampling(grpo.SamplingSettings(), student.model, processor)
+    assert sampling.pad_id == 7 and 7 in sampling.eos_ids and 7 not in sampling.suppressed_ids
+
+
 def test_renamed_weights_are_refused_by_name(broken):
     said = broken(lambda w: {k.replace("self_attn", "attention"): x for k, x in w.items()})
     assert "weights are missing" in said and "layers.0.self_attn.k_norm.weight" in said

@@ -44,6 +44,7 @@ REPLIES = {
     "in a fence, in the answer": f"<think>x</think>\n<answer>\n```json\n{PLAIN}\n```\n</answer>",
     "thinking without its beginning": f"it is {{wrong}}</think>{PLAIN}",
     "thinking with a call and JSON": f'<think>TOOL_CALL: get_frame(1) {{"a": 1}}</think>{PLAIN}',
+    "a call in thoughts of several lines": f"<think>hm\nTOOL_CALL: get_frame(1)\n</think>{PLAIN}",
     "thinking without an end": f"<think>I see. <answer>{PLAIN}</answer>",
     "prose around": f"Here you are {{as asked}}: {PLAIN} I hope {{this}} helps.",
     "prose around, tags": f"So {{x}}. <answer>{PLAIN}</answer> I hope {{this}} helps.",
@@ -159,6 +160,16 @@ def test_box_in_pixels_is_of_the_picture_that_the_teacher_was_shown():
         chat = saying(f"TOOL_CALL: zoom_region(3, {box})", PLAIN)
         diagnose([make_case(video=video)], chat)
         assert "region 0.10 0.20 0.50 0.60" in chat.seen[1][0][-1]["content"][0]["text"]
+
+
+def test_box_in_pixels_of_a_wide_frame_may_lie_beyond_its_height():
+    class Wide(Clip):
+        def frame(self, index):
+            return teacher.Image.new("RGB", (200, 100))
+
+    text = body(region={"frame": 3, "box": [120, 10, 180, 40], "what": "square"})
+    (patch,) = diagnose([make_case(video=Wide())], saying(text))
+    assert patch.regions[0].box == pytest.approx((0.6, 0.1, 0.9, 0.4))
 
 
 def test_box_a_little_over_the_edge_is_cut_to_it():

@@ -110,6 +110,14 @@ def test_a_moment_counts_as_cited_within_half_the_spacing(student, questions, mo
     assert align == {1.70: 0.0, 1.80: 1.0, 2.25: 1.0, 2.70: 1.0, 2.80: 0.0}
 
 
+def test_the_second_rationale_is_compared_with_the_patch(student, questions, monkeypatch):
+    patch = EvidencePatch("temporal", spans=[(4, 5)])
+    said = iter(["<think> </think>", "<think> at <2.25 seconds> </think>"])
+    monkeypatch.setattr(ffr, "decode", lambda *_: next(said))
+    ((member,),) = round_of(student, questions[:1], lambda cases: [patch], rollouts=1)
+    assert member.align == 1.0
+
+
 def test_each_rollout_and_each_step_draws_seeds_of_its_own(student, questions, teach, monkeypatch):
     drawn, generate = [], ffr.generate
 

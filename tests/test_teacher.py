@@ -671,6 +671,16 @@ def test_what_failed_is_replayed_and_with_a_chat_asked_again(tmp_path):
     assert isinstance(teacher.diagnose([make_case()], ask, reward.gate)[0], EvidencePatch)
 
 
+def test_another_teachers_replies_are_not_taken_from_the_cache(tmp_path):
+    guidances = []
+    for name, words in (("a", "look left"), ("b", "look right")):
+        chat = saying(patch_json(content=words))
+        ask = teacher.cached(chat, str(tmp_path), name, Counter())
+        (patch,) = teacher.diagnose([make_case()], ask, reward.gate)
+        guidances.append(patch.guidance)
+    assert guidances == ["look left", "look right"]
+
+
 def test_miscounted_replies_are_not_kept(tmp_path):
     ask = teacher.cached(lambda *_: [(patch_json(), 1)], str(tmp_path), "b", Counter())
     cases = [make_case(response=words) for words in "ab"]

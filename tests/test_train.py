@@ -179,6 +179,10 @@ def test_lambda_below_kappa_and_both_zero_are_fine(make_config):
     assert make_config(lam=0.29).lam == 0.29 and make_config(kappa=0, lam=0).kappa == 0
 
 
+def test_a_policy_may_be_sampled_whole(make_config):
+    assert make_config(top_p=1).top_p == 1
+
+
 def test_defaults_are_table_8_and_tiny_gives_way_to_flags():
     config = train.parse(["--model", "m", "--data", "d"])
     table = dict(
