@@ -279,6 +279,18 @@ def test_decoder_ends_by_its_own_work_or_by_waiting(work, status):
     assert time.monotonic() - began >= 0.9
 
 
+def test_frames_get_square_pixels():
+    """120 x 90 pixels, each a third wider than high, are shown as 160 x 90."""
+
+    def decoder(path, indices=None, **more):
+        if indices is None:
+            return [0.0, 0.5], False, 4 / 3
+        return [np.zeros((90, 120, 3), np.uint8)]
+
+    (image,) = data.Video("v", decoder).frames([0])
+    assert image.size == (160, 90)
+
+
 def test_pauses_between_work_do_not_add_up(monkeypatch):
     """Each second tick of half a second is idle, and a second in a row would end the process."""
     clock, waits = iter([0.0, 0.0, 0.1, 0.1, 0.2, 0.2]), iter([False] * 5 + [True])

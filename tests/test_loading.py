@@ -157,6 +157,14 @@ def test_frozen_linear_layers_in_bf16_change_no_log_prob(make_config, bf16, ques
     assert norm.weight.dtype == torch.float32  # `.to(bfloat16)` would have taken it along
 
 
+def test_linear_layers_that_are_trained_stay_in_fp32():
+    frozen, trained = torch.nn.Linear(4, 4).requires_grad_(False), torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(frozen, trained)
+    model.get_input_embeddings = lambda: SimpleNamespace(weight=None)
+    train.store_linears_in_bf16(model)
+    assert (frozen.weight.dtype, trained.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_logits_and_cache_stay_in_bf16_and_kl_is_exactly_0(
     make_config, bf16, samples, teach, some_right, monkeypatch
 ):

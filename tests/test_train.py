@@ -547,6 +547,13 @@ def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
     assert table["teacher_http_402"] == table["teacher_failures"] > 0
 
 
+def test_fix_rate_is_the_share_of_all_repairs_that_are_right():
+    """Of 100 first answers 40 are repaired, 10 rightly; of the next 100, 10, all rightly."""
+    steps = [{"fix": 0.25, "intervention": 0.4}, {"fix": 1.0, "intervention": 0.1}]
+    history = [step | {"failure": 0.5, "teacher_failures": 0} for step in steps]
+    assert train.summarize_run([], [], history)["fix_rate"] == pytest.approx(20 / 50)
+
+
 def test_teacher_that_helps_now_and_then_does_not_stop_the_run(
     make_config, accelerator, samples, some_right, monkeypatch, teach
 ):
