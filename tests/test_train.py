@@ -547,6 +547,13 @@ def test_useless_teacher_is_told_once_and_stops_the_run_with_a_checkpoint(
     assert table["teacher_http_402"] == table["teacher_failures"] > 0
 
 
+def test_the_newest_checkpoints_are_kept(make_config, accelerator, samples, teach, tmp_path):
+    config = make_config(max_steps=4, save_steps=1, keep_checkpoints=2)
+    train_once(config, accelerator, samples, teach)
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["000003", "000004"]
+
+
 def test_fix_rate_is_the_share_of_all_repairs_that_are_right():
     """Of 100 first answers 40 are repaired, 10 rightly; of the next 100, 10, all rightly."""
     steps = [{"fix": 0.25, "intervention": 0.4}, {"fix": 1.0, "intervention": 0.1}]
