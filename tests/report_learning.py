@@ -27,8 +27,8 @@ CHAIN = """# The second look: chain videos, where no guess is right
 tests/report_learning.py` wrote this table. A *chain video* is a needle video that asks for four colours: those at the
 flash, and those one moment before or after it. The cold start taught to read colours and, in some of its lessons, to find
 the flash and to go on from there. The more seldom it did, the rarer is an unaided success: of 2,048 samples 29 % are right
-in *common*, 0.05 % in *rare*, none in *rarer* and in *never*. A student that does not know cites the first moment or the
-last.
+in *common*, 0.05 % in *rare*, none in *rarer*, where 2 % of the lessons found the flash, and none in *never*, where none
+did. A student that does not know cites the first moment or the last. *Rarer* has two arms only.
 
 Every arm trains from the cold start of its cell until the student has sampled 400,000 tokens, first and second answers
 together, then answers 512 unseen questions. GRPO, FFR and the bare prompt have the best of five learning rates (4e-5 to
@@ -45,8 +45,9 @@ have FFR's. λ is 0, as the patch shows the flash alone.
 | imitation | supervised on right rationales, which only a toy has |
 
 Figures are means over the seeds, ± half of the 95 % t-interval. *With a patch*: the second answer counts where the first
-was wrong. *Find*, *relate* and *read* are the probabilities of each skill where all before it is right. *Reading kept* is
-the share that is left of the cold start's unaided answers whose colours are those at the moments that they cite.
+was wrong. *Find*, *relate* and *read* are the probabilities of each skill without a patch, given that all before it is
+right. *Reading kept* is the share that is left of the cold start's unaided answers whose colours are those at the moments
+that they cite, right or wrong ones.
 *Reliance* is the mean per token of log p(τ* given x) − log p(τ* given x and c). A group has a *signal* if its rewards
 differ.
 
@@ -124,18 +125,17 @@ def cells_of_all_arms(record: dict) -> list[str]:
 
 
 def short_table(record: dict) -> list[str]:
-    """The README's: an arm a line, but for those of two halves, and how it ends in the cells that
-    have all arms."""
-    cells = cells_of_all_arms(record)
-    columns = [f"{cell}: unaided | with a patch" for cell in cells]
-    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 2 * len(cells)]
-    for arm in by_arm(record, cells[0]):
+    """The README's: an arm a line, but for those of two halves, and how it ends in each cell."""
+    columns = [f"{cell}: unaided | assisted" for cell in record["starts"]]
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---|" + "---|" * 2 * len(columns)]
+    for arm in by_arm(record, "common"):
         if "then" in arm:
             continue
         told_of = []
-        for cell in cells:
-            rows = by_arm(record, cell)[arm]
-            told_of += [told([row[key] for row in rows], 2) for key in ("unaided", "assisted")]
+        for cell in record["starts"]:
+            rows = by_arm(record, cell).get(arm)
+            for key in ("unaided", "assisted"):
+                told_of.append(told([row[key] for row in rows], 2) if rows else "")
         lines.append(f"| {arm} | " + " | ".join(told_of) + " |")
     return lines
 

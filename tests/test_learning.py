@@ -256,28 +256,26 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
     assert apart("never", "GRPO", "FFR", "assisted")
     helped = {arm: mean("never", arm, "assisted") for arm in ("GRPO", "FFR")}
     assert helped["FFR"] > 3 * helped["GRPO"]
-    assert (
-        f"FFR ends with {helped['FFR']:.2f} right with a patch, GRPO with {helped['GRPO']:.2f}"
-        in readme
-    )
-    rarer = [f"{mean('rarer', arm, 'assisted'):.2f}" for arm in ("FFR", "GRPO")]
-    assert f"In *rarer* it is {rarer[0]} and {rarer[1]}" in readme
+    assert f"FFR ends with {helped['FFR']:.2f} assisted, GRPO with {helped['GRPO']:.2f}" in readme
+    rarer = [f"{mean('rarer', arm, 'unaided'):.2f}" for arm in ("GRPO", "FFR")]
+    assert f"in *rarer* it ends at {rarer[0]}, FFR at {rarer[1]}" in readme
     for cell in record["starts"]:
         assert not apart(cell, "GRPO", "FFR", "unaided")
-    found = runs("rare", "FFR", "unaided")
-    assert f"from {min(found):.2f} to {max(found):.2f}" in readme
+    assert sum(share < 0.005 for share in runs("rare", "FFR", "unaided")) == 2
 
-    # What plain GRPO unlearns.
-    tuning = [
-        row["reading"] / record["starts"]["never"]["reading"]
-        for row in record["rows"].values()
-        if row["phase"] == "rates"
-        and row["arm"] == "GRPO"
-        and row["start"] == record["settings"]["cells"]["never"]
+    # What lucky successes can spoil.
+    never, start = record["settings"]["cells"]["never"], record["starts"]["never"]["reading"]
+    tuning = {"GRPO": [], "FFR": [], "bare prompt": []}
+    for row in record["rows"].values():
+        if row["phase"] == "rates" and row["start"] == never:
+            tuning[row["arm"]].append(row["reading"] / start)
+    assert [round(kept, 2) <= 0.11 for kept in sorted(tuning["GRPO"])] == [True] * 9 + [False]
+    assert [round(kept, 2) <= 0.26 for kept in sorted(tuning["FFR"])] == [True] * 2 + [False] * 8
+    kept = [
+        interval(retention(record, "never", by_arm(record, "never")[arm]))[0]
+        for arm in ("GRPO", "FFR")
     ]
-    assert len(tuning) == 10 and sum(kept < 0.12 for kept in tuning) == 9
-    kept = retention(record, "never", by_arm(record, "never")["FFR"])
-    assert f"FFR keeps {interval(kept)[0]:.2f} of it" in readme
+    assert kept[1] > 0.9 and f"GRPO kept {kept[0]:.2f}, FFR {kept[1]:.2f}" in readme
     assert mean("never", "GRPO", "signal") < 0.005
 
     # The bare prompt, and asking only where all failed.
@@ -286,10 +284,21 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
     start = record["starts"]["common"]["unaided"]
     told = "in *common*, {:.2f} right unaided, which was {:.2f} at the start, against {:.2f} with"
     assert told.format(figures[0], start, figures[1]) in readme
-    asked = [mean("common", arm, "intervention_first") for arm in ("where all failed", "FFR")]
-    assert 0.17 < asked[0] / asked[1] < 0.23
+    for cell, key in (("common", "unaided"), ("rare", "unaided"), ("never", "assisted")):
+        assert mean(cell, "where all failed", key) > mean(cell, "FFR", key) - 0.02
     hours = sum(row["seconds"] for row in record["rows"].values()) / 7200
     assert f"(240 runs, {hours:.1f} hours on two threads" in readme
+
+
+def test_what_the_readme_says_of_the_searchs_pairs_is_in_its_runs():
+    pairs = {}
+    for line in (ROOT / "assets" / "learning-search.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        pair = (row.get("habit"), str(row["start"]), row["lr"], row["seed"])
+        pairs.setdefault(pair, {})[row["arm"]] = row["unaided"]
+    gains = [pair["FFR"] - pair["GRPO"] for pair in pairs.values() if len(pair) == 2]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"between {-min(gains):.2f} below and {max(gains):.2f} above GRPO" in readme
 
 
 def test_every_run_of_the_search_stands_in_its_table():
