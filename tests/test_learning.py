@@ -252,7 +252,13 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
         (low, its_half), (high, half) = (interval(runs(cell, a, key)) for a in (worse, better))
         return low + its_half < high - half
 
-    # Repair teaches what comes after the evidence, and not to find it.
+    # The cold starts.
+    shares = [f"{100 * record['starts'][cell]['p0']:.2g} %" for cell in ("common", "rare")]
+    assert shares == ["29 %", "0.05 %"] and all(share in readme for share in shares)
+    assert record["starts"]["rarer"]["p0"] == record["starts"]["never"]["p0"] == 0
+    assert [bench.CELLS[cell].find for cell in ("rarer", "never")] == [0.02, 0.0]
+
+    # Repair teaches to answer with a patch, and not to find.
     assert apart("never", "GRPO", "FFR", "assisted")
     helped = {arm: mean("never", arm, "assisted") for arm in ("GRPO", "FFR")}
     assert helped["FFR"] > 3 * helped["GRPO"]
@@ -265,10 +271,10 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
 
     # What lucky successes can spoil.
     never, start = record["settings"]["cells"]["never"], record["starts"]["never"]["reading"]
-    tuning = {"GRPO": [], "FFR": [], "bare prompt": []}
+    tuning = {}
     for row in record["rows"].values():
         if row["phase"] == "rates" and row["start"] == never:
-            tuning[row["arm"]].append(row["reading"] / start)
+            tuning.setdefault(row["arm"], []).append(row["reading"] / start)
     assert [round(kept, 2) <= 0.11 for kept in sorted(tuning["GRPO"])] == [True] * 9 + [False]
     assert [round(kept, 2) <= 0.26 for kept in sorted(tuning["FFR"])] == [True] * 2 + [False] * 8
     kept = [
