@@ -349,7 +349,7 @@ your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 class View:
     """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
 
-    prompt: Annotated[str, "prompt with {question}, {options}, {suffix} (ours)"] = PROMPT
+    prompt: Annotated[str, "with {question}, {options}, {suffix}; tiny: the first (ours)"] = PROMPT
     num_frames: Annotated[int, "frames of the video that the student sees"] = 16
     frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
     picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408

@@ -8,6 +8,7 @@
 Begin with `train_step`. What stands between `evaluate` and `main` loads, keeps and prints.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,6 +48,7 @@ import teacher
 from ffr import Member, Question, Student, flat
 from reward import answers_correctly, gate
 
+HOLDS_ADAPTERS = "holds adapters; merge them into their base (README)"
 STEPS_WITHOUT_PATCH = 10  # that many, one after another, stop the run
 NEEDLES = {"train": (512, 2), "held_out": (192, 3)}  # tiny mode's videos, seed
 
@@ -106,28 +109,14 @@ TINY = dict(
 )
 AT_LEAST_1 = ("epochs", "frame_pixels", "keep_checkpoints", "max_completion_length", "num_frames")
 AT_LEAST_1 += ("num_updates", "picture_pixels", "questions_per_device", "save_steps")
-AT_LEAST_0 = ("beta", "epsilon", "kappa", "lam", "learning_rate", "max_steps", "rollouts_at_once")
+AT_LEAST_0 = ("beta", "epsilon", "kappa", "lam", "learning_rate", "lora_rank", "max_steps")
+AT_LEAST_0 += ("rollouts_at_once", "weight_decay")
 # What may change when a run is resumed: settings without effect on training, and the teacher's,
 # which may need fixing.
-MAY_DIFFER = {
-    "decode_patience",
-    "keep_checkpoints",
-    "log_reliance",
-    "log_with",
-    "out",
-    "resume",
-    "save_steps",
-    "teacher_batch",
-    "teacher_cache",
-    "teacher_device",
-    "teacher_max_tokens",
-    "teacher_model",
-    "teacher_step_timeout",
-    "teacher_timeout",
-    "teacher_url",
-    "teacher_workers",
-    "versions",
-}
+MAY_DIFFER = ("decode_patience", "keep_checkpoints", "log_reliance", "log_with", "out", "resume")
+MAY_DIFFER += ("save_steps", "teacher_batch", "teacher_cache", "teacher_device", "teacher_model")
+MAY_DIFFER += ("teacher_max_tokens", "teacher_step_timeout", "teacher_timeout", "teacher_url")
+MAY_DIFFER += ("teacher_workers", "versions")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -153,10 +142,13 @@ def validate(config: Config) -> None:
     negative = [f"--{name}" for name in AT_LEAST_0 if getattr(config, name) < 0]
     trackers = ["all", *(str(tracker) for tracker in get_available_trackers())]
     unknown = {*tracker_names(config)} - {*trackers}
+    adapters = config.model and Path(config.model, "adapter_config.json").is_file()
     checks = [
         (bool(config.model) != bool(config.data), "--model and --data FILE go together"),
         (config.eval_data and not config.model, "--eval_data goes with --model and --data"),
         (config.eval_only and not config.model, "--eval_only needs --model, the student to ask"),
+        (adapters and not config.eval_only, f"{config.model} {HOLDS_ADAPTERS}"),
+        (Path(config.out).is_file(), f"--out {config.out} is a file; name a folder"),
         (too_small, f"{', '.join(too_small)} must be 1 or more"),
         (negative, f"{', '.join(negative)} must be 0 or more"),
         (config.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -552,7 +544,8 @@ def accuracy(rows: list[dict]) -> dict[str, dict]:
         share = mean(group, "unaided")
         middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        table[name] = dict(n=len(group), accuracy=share, low=middle - half, high=middle + half)
+        low = max(middle - half, 0.0)  # it may be −1e-17
+        table[name] = dict(n=len(group), accuracy=share, low=low, high=middle + half)
     return table
 
 
@@ -657,7 +650,7 @@ def load_student(config: Config, accelerator: Accelerator) -> Student:
     transformers.utils.logging.disable_progress_bar()
     model, processor = grpo.load_policy(config.model, config.attention, config.freeze_vision)
     if getattr(model, "_hf_peft_config_loaded", False) and not config.eval_only:
-        raise ValueError(f"{config.model} holds adapters; merge them into their base (README)")
+        raise ValueError(f"{config.model} {HOLDS_ADAPTERS}")
     if config.lora_rank:
         torch.manual_seed(config.seed)  # half of the adapters begin at random, on all ranks alike
         model = add_adapters(model, config.lora_rank)
@@ -675,10 +668,7 @@ def load_teacher(config: Config, samples: list[data.Sample], device):
         return None
     Path(config.teacher_cache or config.out).mkdir(parents=True, exist_ok=True)  # or say so now
     evidence = {s.id: s.truth["evidence"] for s in samples if "evidence" in s.truth}
-    try:
-        return teacher.load_teacher(config, device, gate, answers_correctly, evidence)
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from error
+    return teacher.load_teacher(config, device, gate, answers_correctly, evidence)
 
 
 # --- what a run keeps ---
@@ -713,11 +703,19 @@ def resume(config: Config, accelerator) -> tuple[int, list[dict]]:
     """Load the newest checkpoint, if the run is resumed. Returns the steps done, their metrics."""
     folder = newest_checkpoint(config) if config.resume else None
     if folder:
-        accelerator.load_state(str(folder))
+        load_checkpoint(accelerator, folder)
     done = int(folder.name) if folder else 0
     if config.resume:
         accelerator.print(f"{done} steps of {config.out} are saved, and not done again")
     return done, shared_rows(accelerator, Path(config.out, "metrics.jsonl"), done)
+
+
+def load_checkpoint(accelerator, folder: Path) -> None:
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # a damaged file makes torch and pickle raise almost anything
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"train.py: {folder} does not load ({why}); remove it") from error
 
 
 def newest_checkpoint(config: Config) -> Path | None:
@@ -773,31 +771,38 @@ def open_run(config: Config, accelerator) -> Config:
     return config
 
 
+def lock_folder(out: Path) -> None:
+    """Keep other runs out of OUT while this process lives: they would mix their files."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another run is at work in {out}: choose another --out") from None
+    atexit.register(lock.release)  # which also keeps a reference to it until then
+
+
 def claim_folder(config: Config, processes: int) -> None:
-    """Write OUT's manifest: all that the run's figures depend on. If OUT already holds a run,
-    --resume refuses other settings; without --resume only a tiny run may replace a tiny run."""
+    """Write OUT's manifest: all that its figures depend on. A run in OUT is resumed, or refused."""
     out = Path(config.out)
+    lock_folder(out)
     file = out / ("evaluation.manifest.json" if config.eval_only else "manifest.json")
     manifest = manifest_of(config, processes)
     earlier = read_manifest(file)
+    if earlier is None:
+        raise ValueError(f"{file} is not of a run: choose another --out")
 
     names = ["evaluation"] if config.eval_only else ["metrics", "before", "after"]
     begun = any(Path(out, f"{name}.jsonl").exists() for name in names)
     compared = [name for name in manifest if name not in MAY_DIFFER]
     changed = [name for name in compared if earlier.get(name) != manifest[name]]
     differ = ", ".join(f"{name} ({earlier.get(name)})" for name in changed)
-    replaces = not config.resume and not config.model and earlier.get("model") == ""
 
     if begun and config.resume and differ:
         raise ValueError(f"{out} was begun with another {differ}: --resume needs the same")
-    if begun and not config.resume and not replaces:
+    if begun and not config.resume:
         kind = "an evaluation" if config.eval_only else "a run"
-        raise ValueError(f"{out} holds {kind}: --resume it, remove it or choose another --out")
-    if replaces:
-        print(f"train.py: {out} holds a tiny run; this one replaces it")
-        remove_tiny_run(out)
-
-    out.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{out} holds {kind}: --resume True, or remove it, or take another --out")
     file.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -808,24 +813,22 @@ def manifest_of(config: Config, processes: int) -> dict:
     return vars(config) | {"processes": processes, "versions": versions, "sha256": hashes}
 
 
-def read_manifest(file: Path) -> dict:
-    """Return the manifest of the run that OUT holds; {} if it holds none."""
+def read_manifest(file: Path) -> dict | None:
+    """Return the manifest of a run; {} if there is no such file, None if it is not of a run."""
     try:
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
-        manifest = None
-    if manifest is None or (manifest and "sha256" not in manifest):
-        raise ValueError(f"{file} is not of a run: choose another --out")
-    return manifest
+        return None
+    return None if manifest and "sha256" not in manifest else manifest
 
 
-def remove_tiny_run(out: Path) -> None:
-    """Remove all that tiny mode writes, so that files of two runs never mix. The manifest goes
-    last: as long as it is there, the next run removes the rest."""
-    for name in ("checkpoints", "repairs", "model", "ffr", *NEEDLES):  # ffr: a tracker's
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "before.jsonl", "after.jsonl", "manifest.json"):
-        Path(out, name).unlink(missing_ok=True)
+def compare_with_training(config: Config, accelerator) -> None:
+    """Print what an evaluation asks otherwise than the run that trained the student, if one did."""
+    trained = read_manifest(Path(config.model).parent / "manifest.json") or {}
+    for name in ("prompt", "num_frames", "frame_pixels", "max_completion_length"):
+        here = getattr(config, name)
+        if trained.get(name, here) != here:
+            accelerator.print(f"--{name} is {here!r}, but in training it was {trained[name]!r}")
 
 
 # --- main ---
@@ -884,10 +887,7 @@ def read_launcher(what: str) -> str:
 
 def tiny_run(config: Config, accelerator) -> Config:
     """Write tiny mode's needle videos. Returns its settings, with these and the shipped student."""
-    names = [name for name in TINY if name not in ("out", "prompt")]
-    shown = [f"{name} {getattr(config, name)} ({getattr(Config, name)})" for name in names]
-    accelerator.print("Tiny mode. (A notice above is accelerate's: its defaults are right here.)")
-    accelerator.print("In brackets, with --model:", *shown, sep="\n  ")
+    accelerator.print("Tiny mode has defaults of its own (--help). Ignore accelerate's notice.")
     if accelerator.is_main_process:
         for name, (count, seed) in NEEDLES.items():
             data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
@@ -910,9 +910,12 @@ def load_records(config: Config, accelerator) -> tuple[list, list]:
     if accelerator.is_main_process:
         data.refuse_broken(samples, config.data, config.skip, config.decode_patience)
         data.refuse_broken(held_out, config.eval_data, patience=config.decode_patience)
-    if not config.eval_only:
+    if config.eval_only:
+        compare_with_training(config, accelerator)
+        accelerator.print(f"{len(samples)} records to score")
+    else:
         count_steps(config, accelerator, samples)  # too few are refused before any work
-    accelerator.print(f"{len(samples)} records, {len(held_out)} held out")
+        accelerator.print(f"{len(samples)} records to train on, {len(held_out)} held out")
     return samples, held_out
 
 
@@ -962,5 +965,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "train.py: left at once; --resume True goes on from what is saved"
+            "train.py: left at once; --resume True goes on from the newest checkpoint, if any"
         ) from None

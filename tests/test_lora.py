@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import families
 import pytest
@@ -139,8 +140,11 @@ def test_saved_adapters_are_peft_s_and_merge_into_the_trained_policy(
     for model in (merged, again):
         got = grpo.completion_logps(model, prompt, ids, student.sampling)
         assert torch.allclose(got, want, atol=1e-5)
-    with pytest.raises(ValueError, match="holds adapters; merge them"):
-        train.load_student(make_config(model=saved, lora_rank=4), accelerator)
+    with pytest.raises(SystemExit, match="holds adapters; merge them"):  # before any work
+        make_config(model=saved, lora_rank=4)
+    with pytest.raises(ValueError, match="holds adapters; merge them"):  # as from the hub
+        train.load_student(replace(config, model=str(saved)), accelerator)
+    assert make_config(model=saved, eval_only=True).model == str(saved)
 
 
 def test_a_lora_run_under_bf16_stores_its_base_in_bf16(make_config, monkeypatch, samples, teach):

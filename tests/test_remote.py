@@ -276,10 +276,10 @@ def test_endpoint_that_cannot_be_used_ends_the_run_before_training(
 ):
     nobody = f"http://127.0.0.1:{free_port()}/v1"
     remote = dict(teacher="remote", teacher_model="m", teacher_timeout=2)
-    with pytest.raises(SystemExit, match="no teacher 'm' at .*connection"):
+    with pytest.raises(ValueError, match="no teacher 'm' at .*connection"):
         train.load_teacher(make_config(teacher_url=nobody, **remote), samples, "cpu")
     endpoint.fault = lambda messages, times: (401, {}, f'{{"error": "bad key {KEY}"}}'.encode())
-    with pytest.raises(SystemExit, match="http_401") as stop:
+    with pytest.raises(ValueError, match="http_401") as stop:
         train.load_teacher(make_config(teacher_url=endpoint.url, **remote), samples, "cpu")
     assert KEY not in str(stop.value)
 
@@ -561,7 +561,7 @@ def test_odd_endpoint_ends_in_a_patch_or_in_the_cause_and_its_words(
     if cause in (None, "turns"):
         train.load_teacher(config, samples, "cpu")
     else:  # the trial at the start says so, and what to do
-        with pytest.raises(SystemExit, match="--num_frames") as stop:
+        with pytest.raises(ValueError, match="--num_frames") as stop:
             train.load_teacher(config, samples, "cpu")
         assert name == "nothing" or cause in str(stop.value) and words in str(stop.value)
 
@@ -601,7 +601,7 @@ def test_trial_shows_as_many_pictures_as_a_case_has(endpoint, samples, make_conf
 
     endpoint.fault = one_picture
     given = dict(teacher="remote", teacher_url=endpoint.url, teacher_model="m")
-    with pytest.raises(SystemExit, match="At most 8 images.*--num_frames"):
+    with pytest.raises(ValueError, match="At most 8 images.*--num_frames"):
         train.load_teacher(make_config(**given, num_frames=9), samples, "cpu")
     train.load_teacher(make_config(**given, num_frames=8), samples, "cpu")
     assert seen == [9, 8]

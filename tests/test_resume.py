@@ -187,7 +187,7 @@ def test_run_is_neither_overwritten_nor_mixed(tmp_path, settings, monkeypatch):
         train.main()
 
     run()
-    with pytest.raises(SystemExit, match="holds a run: --resume it"):
+    with pytest.raises(SystemExit, match="holds a run: --resume True"):
         run()
     with pytest.raises(SystemExit, match=r"begun with another seed \(0\), kappa \(0.3\): --resume"):
         run("--resume", "True", "--kappa", "0.2", "--seed", "1")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from traceback import StackSummary
 from types import SimpleNamespace
 
@@ -145,34 +146,55 @@ def tiny_main(monkeypatch, out, *more):
     train.main()
 
 
-def test_interrupted_second_tiny_run_leaves_nothing_of_the_first(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "tiny"
-    tiny_main(monkeypatch, out)
-    assert "replaces" not in capsys.readouterr().out
-    first = {file for file in out.rglob("*") if file.is_file()}
-    names = {file.relative_to(out).parts[0] for file in first}
+def test_second_tiny_run_in_a_folder_changes_no_file_there(monkeypatch, tmp_path):
+    tiny_main(monkeypatch, tmp_path)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    names = {file.relative_to(tmp_path).parts[0] for file in files}
     assert {"summary.json", "model", "checkpoints", "before.jsonl", "after.jsonl"} <= names
-    (out / "notes.txt").write_text("mine")
-    os.utime(out / "notes.txt", (1, 1))
-    for file in first:
-        os.utime(file, (1, 1))
+    with pytest.raises(SystemExit, match="holds a run: --resume True, or remove it"):
+        tiny_main(monkeypatch, tmp_path, "--seed", "1")
+    assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_main(monkeypatch, out, "--seed", "1")
-    assert "holds a tiny run; this one replaces it" in capsys.readouterr().out
-    old = [file.name for file in out.rglob("*") if file.is_file() and file.stat().st_mtime == 1]
-    assert old == ["notes.txt"]
+def test_folder_in_which_a_run_is_at_work_is_refused_until_that_process_ends(monkeypatch, tmp_path):
+    code = (
+        "import sys, train; train.lock_folder(train.Path(sys.argv[1])); print(); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ends = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **ends) as other:
+        assert other.stdout.readline() == b"\n"
+        for more in ([], ["--resume", "True"]):
+            with pytest.raises(SystemExit, match=f"another run is at work in {tmp_path}: choose"):
+                tiny_main(monkeypatch, tmp_path, *more)
+        assert [file.name for file in tmp_path.iterdir()] == ["lock"]
+        other.kill()  # no farewell: the system itself takes the lock away
+    tiny_main(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "half", "nonsense"])
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "model.safetensors", "optimizer.bin"])
+def test_checkpoint_that_does_not_load_is_named_in_one_line(
+    make_config, accelerator, samples, name, damage
+):
+    config = make_config(max_steps=1)
+    train_once(config, accelerator, samples, None)
+    file = train.newest_checkpoint(config) / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "half" else b"nonsense" * 999)
+    with pytest.raises(
+        SystemExit, match=r"^train.py: .*/000001 does not load \([^\n]+\); remove it$"
+    ):
+        train.resume(replace(config, resume=True), accelerator)
 
 
 def test_tiny_mode_does_not_replace_another_run(monkeypatch, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     for manifest in ({"model": "a 7B", "sha256": {}}, {}):  # or it is lost
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(SystemExit, match="holds a run: --resume it, remove it or choose"):
+        with pytest.raises(SystemExit, match="holds a run: --resume True, or remove it"):
             tiny_main(monkeypatch, tmp_path)
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     (tmp_path / "metrics.jsonl").unlink()

@@ -56,7 +56,7 @@ def test_a_server_not_ours_takes_conversations_with_pictures(
         teacher_workers=2,
         max_steps=1,
     )
-    with pytest.raises(SystemExit, match="length"):
+    with pytest.raises(ValueError, match="length"):
         train.load_teacher(config, samples, "cpu")  # a teacher that could help nobody
     monkeypatch.setattr(teacher, "try_out", lambda chat, num_frames, seconds: None)
     teach = train.load_teacher(config, samples, "cpu")

@@ -163,6 +163,8 @@ REFUSALS = {
     "questions_per_device=0 num_frames=0": "--num_frames, --questions_per_device must be 1 or more",
     "max_steps=-1": "--max_steps must be 0 or more",
     "learning_rate=-1": "--learning_rate must be 0 or more",
+    "lora_rank=-1 weight_decay=-1": "--lora_rank, --weight_decay must be 0 or more",
+    f"out={__file__}": "--out .*test_train.py is a file; name a folder",
     "teacher=local": "--teacher local needs --teacher_model",
     "teacher=remote": "--teacher remote needs --teacher_model",
     "teacher=remote teacher_model=m": "give --teacher_url",
@@ -310,9 +312,10 @@ def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
     assert found["all"]["n"] == 6 and found["all"]["accuracy"] == right / 6
     assert all(row["unaided"] == (len(row["answer"]) % 3 == 0) for row in rows)
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match="holds an evaluation: --resume it, remove it or choose"):
+    with pytest.raises(SystemExit, match="holds an evaluation: --resume True, or remove it"):
         train.main()
-    assert "n 6" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "n 6" in out and "6 records to score" in out
     manifest = json.loads((tmp_path / "evaluation.manifest.json").read_text())
     assert (
         manifest["seed"] == 0 and manifest["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -329,6 +332,27 @@ def test_interval_ends_where_a_score_test_of_five_percent_does():
         for p in (entry["low"], entry["high"]):
             z = (entry["accuracy"] - p) / (p * (1 - p) / entry["n"]) ** 0.5
             assert abs(z) == pytest.approx(1.96) and (z > 0) == (p == entry["low"])
+    for n in range(1, 200):
+        none = train.accuracy([{"unaided": False, "type": "", "source": ""}] * n)["all"]
+        assert f"{none['low']:.3f}" == "0.000"  # no −0.000
+
+
+def test_evaluation_tells_what_it_asks_otherwise_than_the_training_did(
+    make_config, accelerator, tmp_path, capsys
+):
+    trained = make_config(num_frames=8, prompt="{question} Go.", out=tmp_path / "run")
+    train.claim_folder(trained, 1)
+    config = make_config(eval_only=True, model=tmp_path / "run" / "model")
+    train.compare_with_training(config, accelerator)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "--prompt is '{question}', but in training it was '{question} Go.'",
+        "--num_frames is 16, but in training it was 8",
+    ]
+    for other in ("[1]", "{}", '{"num_frames": 8}', "no JSON"):  # no run's manifest: nothing to say
+        (tmp_path / "run" / "manifest.json").write_text(other)
+        train.compare_with_training(config, accelerator)
+    assert capsys.readouterr().out == ""
 
 
 def test_bf16_autocast_computes_and_fp32_weights_move(
