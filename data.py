@@ -130,8 +130,9 @@ def read_bytes(path: str) -> bytes:
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
     """Return by number, from 1, each record's `Sample`, or the `DataError` that says why not."""
     content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
-    if content.startswith(b"["):
-        records = parse_json(content, path)
+    if content.startswith((b"[", b"{\n", b"{\r")):  # a list, or one record on several lines
+        parsed = parse_json(content, path)
+        records = parsed if isinstance(parsed, list) else [parsed]
     else:
         records = [line for line in content.split(b"\n") if line.strip()]
     if not records:
@@ -162,7 +163,8 @@ def parse_json(text: bytes, where: str):
     except UnicodeDecodeError as error:
         raise DataError(where, "not UTF-8", f" ({error}); save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(where, "not valid JSON", f" ({error}); mend that place") from error
+        place = str(error).replace("line 1 column", "column")  # a record is a line by itself
+        raise DataError(where, "not valid JSON", f" ({place}); mend that place") from error
 
 
 def read_record(record: dict, where: str, root: Path) -> Sample:
@@ -173,6 +175,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
             raise DataError(where, cause, rest)
 
     need(isinstance(record, dict), "no JSON object", "; each record is a dict of Video-R1's fields")
+    need(record.keys() & {*TEXTS}, "has no field of a record", "; give a list of records, or lines")
     data_type = record.get("data_type", "video")
     need(data_type == "video", "data_type is not 'video'", f" but {data_type!r}; drop the record")
     for name in TEXTS:
@@ -560,15 +563,17 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     written = Path(f"{file}.skip.json")
     written.write_text(json.dumps(skip_list, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    print_table(usable, [results[sample.path] for sample in usable])
+    if usable:
+        print_table(usable, [results[sample.path] for sample in usable])
     examples = {fault.cause: fault for fault in reversed(faults.values())}
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
     if not usable:
         raise DataError(file, "no record is fine", "; mend it as the lines above say")
-    print(f"{len(usable)} of {len(records)} records are fine; nothing has to be edited:")
-    print(f"`train.py --data {file} --skip {written}` leaves the others out.")
+    print(f"{len(usable)} of {len(records)} records are fine.")
+    if faults:
+        print(f"`train.py --data {file} --skip {written}` leaves the others out, nothing to edit.")
 
 
 def print_table(samples: list[Sample], lengths: list[tuple]) -> None:

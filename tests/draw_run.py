@@ -5,8 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SystemExit("draw_run.py: pip install matplotlib") from None
 
 PANELS = {
     "rates": "unaided intervention fix",

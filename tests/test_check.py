@@ -125,7 +125,8 @@ def test_a_file_without_a_fine_record_is_no_success(tmp_path):
     (tmp_path / "notes.jsonl").write_text("what is to be asked")
     command = [sys.executable, str(ROOT / "data.py"), str(tmp_path / "notes.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "not valid JSON" in done.stdout
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
+    assert "not valid JSON" in done.stdout
     assert "notes.jsonl: no record is fine; mend it" in done.stderr
 
 

@@ -393,6 +393,14 @@ def test_lines_or_a_list_are_read_whatever_the_files_name(tmp_path, clip, conten
         assert [s.id for s in data.load_samples(str(tmp_path / name))] == ["1", "2"]
 
 
+def test_one_record_may_take_several_lines_and_nothing_is_left_out(tmp_path, clip, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(GOOD, indent=1))
+    assert [sample.id for sample in data.load_samples(str(file))] == ["1"]
+    data.check(str(file), "", 4, 60.0)
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 records are fine."
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
@@ -402,6 +410,10 @@ def test_lines_or_a_list_are_read_whatever_the_files_name(tmp_path, clip, conten
         (b'{"problem": ' + b"9" * 5000 + b"}", "record 1: not valid JSON .*mend that place"),
         (b"[" * 200_000, "r.json: not valid JSON .*mend that place"),
         (b"\xef\xbb\xbf", "holds no records; give a list of them"),
+        (b'{"problem" "b"}', "record 1: not valid JSON .*delimiter: column 12 "),
+        (b'[{"problem": "a"},\n {"problem" "b"}]', "r.json: not valid JSON .*: line 2 column 13 "),
+        (b'{"records": [{"problem": "a"}]}', "record 1: has no field of a record; give a list"),
+        (b'{\r\n "records": [\r\n{}]}', "record 1: has no field of a record; give a list"),
     ],
 )
 def test_odd_file_costs_one_sentence(tmp_path, content, said):
