@@ -62,7 +62,7 @@ def test_leak_table_is_the_measured_one():
         )
         assert f"| {label} | {rules} | {blind} |" in text
         totals += [sum(half[key] for half in halves) for key in (among, f"{hit}_blind")]
-    told = "Of {} patches that state the answer, {} are refused, of {} clean ones {}:"
+    told = "Of {} patches that state the answer, {} are refused, of {} clean ones {} (["
     assert told.format(*totals[:4]) in words
     for label, among in (("stated", "leaks"), ("implied", "implied")):
         caught, of = (
@@ -165,9 +165,9 @@ def test_speed_table_is_the_measured_one():
         )
     first = columns[0]
     for said, key in (
-        ("`GRPOTrainer` takes {} times", "vs_trl"),
+        ("`GRPOTrainer` {} times without", "vs_trl"),
         ("it takes {} times as long as our step", "vs_released"),
-        ("ours takes {} times the bare", "vs_limit"),
+        ("ours takes {} times as long as its model calls", "vs_limit"),
     ):
         assert said.format(f"{first[key]:.2f}") in " ".join(README.split())
 
