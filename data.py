@@ -112,7 +112,7 @@ def read_skip_list(file: str, path: str) -> dict[str, str]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(file, "no skip list", f"; python data.py {path} writes one") from error
     if sha != digest(path):
-        raise DataError(file, f"lists another {path}", f"; run python data.py {path} again")
+        raise DataError(file, f"not of {path} as it is", f"; python data.py {path} writes its own")
     return records
 
 
@@ -123,7 +123,7 @@ def digest(path: str) -> str:
 
 def read_bytes(path: str) -> bytes:
     if not Path(path).is_file():
-        raise DataError(path, "no such file", "; check its name")
+        raise DataError(path, "no such file", "; name a file of records, .json or .jsonl")
     return Path(path).read_bytes()
 
 
@@ -137,6 +137,8 @@ def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataErro
         records = [line for line in content.split(b"\n") if line.strip()]
     if not records:
         raise DataError(path, "holds no records", "; give a list of them")
+    if b"\0" in content or not re.search(rb"^\s*[\[{]", content, re.MULTILINE):
+        raise DataError(path, "no JSON", "; give a list of records, or one on each line, as UTF-8")
 
     root = Path(video_root or Path(path).parent)
     results = {}
@@ -174,8 +176,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
         if not fine:
             raise DataError(where, cause, rest)
 
-    need(isinstance(record, dict), "no JSON object", "; each record is a dict of Video-R1's fields")
-    need(record.keys() & {*TEXTS}, "has no field of a record", "; give a list of records, or lines")
+    need(isinstance(record, dict) and {*record} & {*TEXTS}, "no JSON record", "; give a list")
     data_type = record.get("data_type", "video")
     need(data_type == "video", "data_type is not 'video'", f" but {data_type!r}; drop the record")
     for name in TEXTS:
@@ -563,14 +564,13 @@ def check(file: str, video_root: str, num_frames: int, patience: float) -> None:
     written = Path(f"{file}.skip.json")
     written.write_text(json.dumps(skip_list, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    if usable:
-        print_table(usable, [results[sample.path] for sample in usable])
     examples = {fault.cause: fault for fault in reversed(faults.values())}
     counts = Counter(fault.cause for fault in faults.values())
     for cause, count in counts.most_common():
         print(f"  {f'{count} not fine':14}e.g. {examples[cause]}")
     if not usable:
         raise DataError(file, "no record is fine", "; mend it as the lines above say")
+    print_table(usable, [results[sample.path] for sample in usable])
     print(f"{len(usable)} of {len(records)} records are fine.")
     if faults:
         print(f"`train.py --data {file} --skip {written}` leaves the others out, nothing to edit.")

@@ -26,6 +26,7 @@ import hashlib
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -349,7 +350,7 @@ your reasoning rests on. Then answer between <answer> and </answer>. {suffix}"""
 class View:
     """What the student sees. Defaults are FFR's Table 8 unless marked (ours)."""
 
-    prompt: Annotated[str, "with {question}, {options}, {suffix}; tiny: the first (ours)"] = PROMPT
+    prompt: Annotated[str, "with {question}, {options} and {suffix} (ours)"] = PROMPT
     num_frames: Annotated[int, "frames of the video that the student sees"] = 16
     frame_pixels: Annotated[int, "the most pixels in each of these frames"] = 128 * 28 * 28
     picture_pixels: Annotated[int, "the most pixels in each picture of a patch"] = 401408
@@ -374,8 +375,7 @@ def open_question(student: Student, sample: Sample) -> Question:
 def user_turn(text: str, evidence: list[dict]) -> list[dict]:
     """Return a user turn: video, question, evidence. The evidence comes last, so that plain and
     patched prompts begin alike and rollouts can share that part, with the video in it."""
-    if evidence:
-        text += "\n\n"
+    text += "\n\n" if evidence else ""
     return [{"type": "video"}, {"type": "text", "text": text}, *evidence]
 
 
@@ -629,10 +629,10 @@ def explain(arguments: list[str]) -> None:
     print(f"{right} of {len(group)} right at first ({sample.problem_type}), ", end="")
     print(f"{fixed} of {len(repairs)} with a patch.")
 
-    unhelped = [member for member in group if member.error is not None]
-    answers = {member.unaided.text: None for member in unhelped}  # each once
-    reasons = {f"  No patch ({member.error})": None for member in unhelped}
-    print(*answers, *reasons, sep="\n")
+    for text, count in Counter(member.unaided.text for member in group if member.error).items():
+        print(f"\n{count} of {len(group)}, wrong and without a patch:\n{text}")
+    for error, count in Counter(str(member.error) for member in group if member.error).items():
+        print(f"\nNo patch for {count} of {len(group)}: {error}")
 
     if repairs:
         file = Path(config.out, "why.png")
@@ -662,11 +662,11 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
 
 def checks_of_round(config) -> list[tuple]:
     """Return (is it refused, why) for each rule on the settings of a round, student and teacher."""
-    kappa, lam = config.kappa, config.lam
     nameless = config.teacher != "scripted" and not config.teacher_model
     nowhere = config.teacher == "remote" and not config.teacher_url + config.teacher_cache
     return [
-        (lam >= kappa > 0, "--lam must be below --kappa: help must not outrank none"),
+        (config.lam >= config.kappa > 0, "--lam must be below --kappa: help must not outrank none"),
+        (Path(config.out).is_file(), f"--out {config.out} is a file; name a folder"),
         (config.temperature <= 0, "--temperature must be above 0: equal rollouts teach nothing"),
         (not 0 < config.top_p <= 1, "--top_p must be in (0, 1]"),
         ("{question}" not in config.prompt, "--prompt must hold {question}"),

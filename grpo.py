@@ -333,6 +333,9 @@ GREETING = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
 def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
     """Load a video VLM and its processor from a folder or the hub. Weights are fp32, as bf16 would
     round updates of 5e-6 away. Raises ValueError if the model cannot be trained."""
+    local = Path(name).is_dir()
+    if not local:
+        print(f"{name} is no folder here: it is looked for on the hub")
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -349,9 +352,8 @@ def load_policy(name: str, attention="", freeze_vision=False) -> tuple:
         vision.requires_grad_(not freeze_vision)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
-        if Path(name, "manifest.json").is_file():
-            why = f"it is the folder of a run, whose weights are in {name}/model, at its end"
-        raise ValueError(f"{name}: no processor or no model loads from there ({why})") from error
+        hint = "a run's weights are in its model/, at its end" if local else "no such folder here"
+        raise ValueError(f"{name}: no processor or no model there; {hint} ({why})") from error
 
     lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     for refused, why in [

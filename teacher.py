@@ -969,7 +969,9 @@ def load_chat(config, device, evidence: dict) -> Chat | None:
             processor = transformers.AutoProcessor.from_pretrained(name)
             model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
         except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--teacher_model {name} does not load ({error})") from error
+            raise ValueError(
+                f"--teacher_model {name}: no such folder, or no model there ({error})"
+            ) from error
         model = model.to(config.teacher_device or device).eval()
         return local(model, processor, config.teacher_max_tokens, config.teacher_batch)
 

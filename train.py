@@ -148,7 +148,6 @@ def validate(config: Config) -> None:
         (config.eval_data and not config.model, "--eval_data goes with --model and --data"),
         (config.eval_only and not config.model, "--eval_only needs --model, the student to ask"),
         (adapters and not config.eval_only, f"{config.model} {HOLDS_ADAPTERS}"),
-        (Path(config.out).is_file(), f"--out {config.out} is a file; name a folder"),
         (too_small, f"{', '.join(too_small)} must be 1 or more"),
         (negative, f"{', '.join(negative)} must be 0 or more"),
         (config.num_rollouts < 2, "--num_rollouts must be 2 or more: one rollout has no group"),
@@ -586,7 +585,7 @@ MEANINGS = {
     "intervention_last": "the same, last third",
     "fix_rate": "share of second answers right",
     "teacher_failures": "wrong first answers that got no patch",
-    "seconds": "of the whole command",
+    "seconds": "of this command",
 }
 
 
@@ -715,7 +714,8 @@ def load_checkpoint(accelerator, folder: Path) -> None:
         accelerator.load_state(str(folder))
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         why = str(error).partition("\n")[0]
-        raise SystemExit(f"train.py: {folder} does not load ({why}); remove it") from error
+        advice = "remove it, and --resume True goes on from the one before it"
+        raise SystemExit(f"train.py: {folder} does not load ({why}); {advice}") from error
 
 
 def newest_checkpoint(config: Config) -> Path | None:
@@ -828,7 +828,7 @@ def compare_with_training(config: Config, accelerator) -> None:
     for name in ("prompt", "num_frames", "frame_pixels", "max_completion_length"):
         here = getattr(config, name)
         if trained.get(name, here) != here:
-            accelerator.print(f"--{name} is {here!r}, but in training it was {trained[name]!r}")
+            accelerator.print(f"Careful: --{name} {here!r}, but in training {trained[name]!r}")
 
 
 # --- main ---
@@ -887,7 +887,7 @@ def read_launcher(what: str) -> str:
 
 def tiny_run(config: Config, accelerator) -> Config:
     """Write tiny mode's needle videos. Returns its settings, with these and the shipped student."""
-    accelerator.print("Tiny mode has defaults of its own (--help). Ignore accelerate's notice.")
+    accelerator.print("Tiny mode: --help lists its defaults. Ignore accelerate's notice, if any.")
     if accelerator.is_main_process:
         for name, (count, seed) in NEEDLES.items():
             data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)

@@ -122,7 +122,7 @@ def test_check_lists_each_broken_record(tmp_path, clip):
 
 
 def test_a_file_without_a_fine_record_is_no_success(tmp_path):
-    (tmp_path / "notes.jsonl").write_text("what is to be asked")
+    (tmp_path / "notes.jsonl").write_text("{what is to be asked}")
     command = [sys.executable, str(ROOT / "data.py"), str(tmp_path / "notes.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
@@ -133,7 +133,9 @@ def test_a_file_without_a_fine_record_is_no_success(tmp_path):
 def test_skip_list_of_another_file_is_refused(broken):
     check(broken)
     broken.write_text(broken.read_text().replace("needle-5-00003", "renamed", 1))
-    with pytest.raises(data.DataError, match="lists another .*; run python data.py"):
+    with pytest.raises(
+        data.DataError, match="not of .* as it is; python data.py .* writes its own"
+    ):
         data.load_samples(str(broken), skip=f"{broken}.skip.json")
     with pytest.raises(data.DataError, match="no skip list; python data.py .* writes one"):
         data.load_samples(str(broken), skip=str(broken))

@@ -375,7 +375,9 @@ def test_skip_list_leaves_out_its_numbers_and_holds_of_its_own_file_alone(tmp_pa
     for same in (file, copy):  # its content counts, not its name
         left = data.load_samples(same, skip=str(listed))
         assert [sample.id for sample in left] == ["0", "2"]
-    with pytest.raises(data.DataError, match="list.json: lists another .*other.jsonl; run python"):
+    with pytest.raises(
+        data.DataError, match="list.json: not of .*other.jsonl as it is; python data"
+    ):
         data.load_samples(other, skip=str(listed))
 
 
@@ -405,15 +407,17 @@ def test_one_record_may_take_several_lines_and_nothing_is_left_out(tmp_path, cli
     "content, said",
     [
         (b'{"problem": "caf\xe9"}', "record 1: not UTF-8 .*; save the file as UTF-8"),
-        ("[{}]".encode("utf-16"), "record 1: not UTF-8 .*; save the file as UTF-8"),
+        ("[{}]".encode("utf-16"), "r.json: no JSON; give a list of records, .* as UTF-8"),
+        (b"RIFF\0\0{\n[\n", "r.json: no JSON; give a list of records, .* as UTF-8"),
+        (b"question,answer\nwhat?,A\n", "r.json: no JSON; give a list of records, .* as UTF-8"),
         (b"[" + b"9" * 5000 + b"]", "r.json: not valid JSON .*5000 digits.*mend that place"),
         (b'{"problem": ' + b"9" * 5000 + b"}", "record 1: not valid JSON .*mend that place"),
         (b"[" * 200_000, "r.json: not valid JSON .*mend that place"),
         (b"\xef\xbb\xbf", "holds no records; give a list of them"),
         (b'{"problem" "b"}', "record 1: not valid JSON .*delimiter: column 12 "),
         (b'[{"problem": "a"},\n {"problem" "b"}]', "r.json: not valid JSON .*: line 2 column 13 "),
-        (b'{"records": [{"problem": "a"}]}', "record 1: has no field of a record; give a list"),
-        (b'{\r\n "records": [\r\n{}]}', "record 1: has no field of a record; give a list"),
+        (b'{"records": [{"problem": "a"}]}', "record 1: no JSON record; give a list"),
+        (b'{\r\n "records": [\r\n{}]}', "record 1: no JSON record; give a list"),
     ],
 )
 def test_odd_file_costs_one_sentence(tmp_path, content, said):

@@ -359,7 +359,7 @@ def test_why_command_runs_and_a_useless_teacher_is_named(samples, model_folder, 
     small = ["--num_frames", "4", "--max_completion_length", "4", "--teacher_max_tokens", "4"]
     done = run_alone(ROOT, *words, "--out", str(tmp_path), *small)
     assert "0 of 8 right at first (multiple choice), 0 of 0" in done.stdout
-    assert done.stdout.count("  No patch (malformed") == 1 and "Loading" not in done.stderr
+    assert done.stdout.count("No patch for 8 of 8: malformed") == 1 and "Loading" not in done.stderr
     assert done.stdout.endswith("Nothing was repaired, so there is no picture.\n")
 
 
@@ -428,8 +428,11 @@ def test_help_names_every_setting_in_a_group_with_the_papers_value(capsys):
         ({"teacher": "remote"}, "give --teacher_url"),
         ({"top_p": "2"}, "--top_p must be in"),
         ({"num_rollouts": "0"}, "--num_rollouts must be 1 or more"),
-        ({"model": "nowhere"}, "nowhere: no processor or no model loads from there"),
-        ({"teacher_model": "nowhere"}, "--teacher_model nowhere does not load"),
+        ({"model": "nowhere"}, "nowhere: no processor or no model there; no such folder here"),
+        (
+            {"teacher_model": "nowhere"},
+            "--teacher_model nowhere: no such folder, or no model there",
+        ),
     ],
 )
 def test_why_command_refuses_in_one_sentence(samples, model_folder, tmp_path, given, words):

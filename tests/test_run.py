@@ -185,7 +185,7 @@ def test_checkpoint_that_does_not_load_is_named_in_one_line(
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "half" else b"nonsense" * 999)
     with pytest.raises(
-        SystemExit, match=r"^train.py: .*/000001 does not load \([^\n]+\); remove it$"
+        SystemExit, match=r"^train.py: .*/000001 does not load \([^\n]+\); remove it, and --resume"
     ):
         train.resume(replace(config, resume=True), accelerator)
 

@@ -256,9 +256,8 @@ def test_student_folders_that_cannot_train_are_refused(
     )
     shutil.copytree(model_folder, tmp_path / "run" / "model")
     run = str(tmp_path / "run")
-    (tmp_path / "run" / "manifest.json").write_text("{}")
     said = start(monkeypatch, tmp_path, "--model", run, "--data", records)
-    assert f"the folder of a run, whose weights are in {run}/model, at its end" in said
+    assert "no processor or no model there; a run's weights are in its model/, at its end" in said
 
 
 def test_evaluation_alone_is_resumed_and_tells_accuracy_by_type_and_source(
@@ -346,8 +345,8 @@ def test_evaluation_tells_what_it_asks_otherwise_than_the_training_did(
     train.compare_with_training(config, accelerator)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "--prompt is '{question}', but in training it was '{question} Go.'",
-        "--num_frames is 16, but in training it was 8",
+        "Careful: --prompt '{question}', but in training '{question} Go.'",
+        "Careful: --num_frames 16, but in training 8",
     ]
     for other in ("[1]", "{}", '{"num_frames": 8}', "no JSON"):  # no run's manifest: nothing to say
         (tmp_path / "run" / "manifest.json").write_text(other)
