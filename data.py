@@ -112,7 +112,7 @@ def read_skip_list(file: str, path: str) -> dict[str, str]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(file, "no skip list", f"; python data.py {path} writes one") from error
     if sha != digest(path):
-        raise DataError(file, f"not of {path} as it is", f"; python data.py {path} writes its own")
+        raise DataError(file, f"no list of {path} as it is", f"; python data.py {path} writes one")
     return records
 
 
@@ -176,7 +176,7 @@ def read_record(record: dict, where: str, root: Path) -> Sample:
         if not fine:
             raise DataError(where, cause, rest)
 
-    need(isinstance(record, dict) and {*record} & {*TEXTS}, "no JSON record", "; give a list")
+    need(isinstance(record, dict) and {*record} & {*TEXTS}, "no JSON record", "; README shows one")
     data_type = record.get("data_type", "video")
     need(data_type == "video", "data_type is not 'video'", f" but {data_type!r}; drop the record")
     for name in TEXTS:

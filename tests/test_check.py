@@ -134,7 +134,7 @@ def test_skip_list_of_another_file_is_refused(broken):
     check(broken)
     broken.write_text(broken.read_text().replace("needle-5-00003", "renamed", 1))
     with pytest.raises(
-        data.DataError, match="not of .* as it is; python data.py .* writes its own"
+        data.DataError, match="no list of .* as it is; python data.py .* writes one"
     ):
         data.load_samples(str(broken), skip=f"{broken}.skip.json")
     with pytest.raises(data.DataError, match="no skip list; python data.py .* writes one"):

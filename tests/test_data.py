@@ -376,7 +376,7 @@ def test_skip_list_leaves_out_its_numbers_and_holds_of_its_own_file_alone(tmp_pa
         left = data.load_samples(same, skip=str(listed))
         assert [sample.id for sample in left] == ["0", "2"]
     with pytest.raises(
-        data.DataError, match="list.json: not of .*other.jsonl as it is; python data"
+        data.DataError, match="list.json: no list of .*other.jsonl as it is; python"
     ):
         data.load_samples(other, skip=str(listed))
 
@@ -416,8 +416,8 @@ def test_one_record_may_take_several_lines_and_nothing_is_left_out(tmp_path, cli
         (b"\xef\xbb\xbf", "holds no records; give a list of them"),
         (b'{"problem" "b"}', "record 1: not valid JSON .*delimiter: column 12 "),
         (b'[{"problem": "a"},\n {"problem" "b"}]', "r.json: not valid JSON .*: line 2 column 13 "),
-        (b'{"records": [{"problem": "a"}]}', "record 1: no JSON record; give a list"),
-        (b'{\r\n "records": [\r\n{}]}', "record 1: no JSON record; give a list"),
+        (b'{"records": [{"problem": "a"}]}', "record 1: no JSON record; README shows one"),
+        (b'{\r\n "records": [\r\n{}]}', "record 1: no JSON record; README shows one"),
     ],
 )
 def test_odd_file_costs_one_sentence(tmp_path, content, said):
