@@ -887,9 +887,7 @@ def read_launcher(what: str) -> str:
 
 def tiny_run(config: Config, accelerator) -> Config:
     """Write tiny mode's needle videos. Returns its settings, with these and the shipped student."""
-    accelerator.print(
-        "Tiny mode (see README, --help). Ignore accelerate's notice, if there is one."
-    )
+    accelerator.print("Tiny mode (see README, --help). Ignore accelerate's notice, if any.")
     if accelerator.is_main_process:
         for name, (count, seed) in NEEDLES.items():
             data.needle_videos(f"{config.out}/{name}", count, seed + 10 * config.seed)
