@@ -264,7 +264,8 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
     assert helped["FFR"] > 3 * helped["GRPO"]
     assert f"FFR ends with {helped['FFR']:.2f} assisted, GRPO with {helped['GRPO']:.2f}" in readme
     rarer = [f"{mean('rarer', arm, 'unaided'):.2f}" for arm in ("GRPO", "FFR")]
-    assert f"in *rarer* it ends at {rarer[0]}, FFR at {rarer[1]}" in readme
+    assert f"in *rarer* it ends at {rarer[0]}, FFR at {rarer[1]}, in intervals that" in readme
+    assert not apart("rarer", "FFR", "GRPO", "unaided")
     for cell in record["starts"]:
         assert not apart(cell, "GRPO", "FFR", "unaided")
     assert sum(share < 0.005 for share in runs("rare", "FFR", "unaided")) == 2
@@ -288,8 +289,9 @@ def test_what_the_readme_says_of_the_chain_is_in_its_record():
     assert apart("common", "bare prompt", "FFR", "unaided")
     figures = [mean("common", arm, "unaided") for arm in ("bare prompt", "FFR")]
     start = record["starts"]["common"]["unaided"]
-    told = "in *common*, {:.2f} right unaided, which was {:.2f} at the start, against {:.2f} with"
-    assert told.format(figures[0], start, figures[1]) in readme
+    told = "in *common*, unaided falls from {:.2f} to {:.2f}; scored with the patch in the prompt"
+    assert told.format(start, figures[0]) in readme
+    assert f"it rises to {figures[1]:.2f}" in readme
     for cell, key in (("common", "unaided"), ("rare", "unaided"), ("never", "assisted")):
         assert mean(cell, "where all failed", key) > mean(cell, "FFR", key) - 0.02
     hours = sum(row["seconds"] for row in record["rows"].values()) / 7200
@@ -304,7 +306,7 @@ def test_what_the_readme_says_of_the_searchs_pairs_is_in_its_runs():
         pairs.setdefault(pair, {})[row["arm"]] = row["unaided"]
     gains = [pair["FFR"] - pair["GRPO"] for pair in pairs.values() if len(pair) == 2]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"between {-min(gains):.2f} below and {max(gains):.2f} above GRPO" in readme
+    assert f"FFR minus GRPO, unaided, is −{-min(gains):.2f} to {max(gains):.2f}" in readme
 
 
 def test_every_run_of_the_search_stands_in_its_table():
