@@ -130,14 +130,14 @@ def read_bytes(path: str) -> bytes:
 def read_records(path: str, video_root: str = "") -> dict[int, Sample | DataError]:
     """Return by number, from 1, each record's `Sample`, or the `DataError` that says why not."""
     content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").strip()
-    if content.startswith((b"[", b"{\n", b"{\r")):  # a list, or one record on several lines
+    if re.match(rb'\[|{\s*\n\s*"', content):  # a list, or one record on several lines
         parsed = parse_json(content, path)
         records = parsed if isinstance(parsed, list) else [parsed]
     else:
         records = [line for line in content.split(b"\n") if line.strip()]
     if not records:
         raise DataError(path, "holds no records", "; give a list of them")
-    if b"\0" in content or not re.search(rb"^\s*[\[{]", content, re.MULTILINE):
+    if b"\0" in content[:64] or not re.search(rb"^\s*[\[{]", content, re.MULTILINE):
         raise DataError(path, "no JSON", "; give a list of records, or one on each line, as UTF-8")
 
     root = Path(video_root or Path(path).parent)

@@ -661,7 +661,7 @@ def read_query(arguments: list[str]) -> argparse.Namespace:
 
 
 def checks_of_round(config) -> list[tuple]:
-    """Return (is it refused, why) for each rule on the settings of a round, student and teacher."""
+    """Return (is it refused, why) for each rule on settings that train.py has, too."""
     nameless = config.teacher != "scripted" and not config.teacher_model
     nowhere = config.teacher == "remote" and not config.teacher_url + config.teacher_cache
     return [

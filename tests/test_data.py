@@ -403,6 +403,18 @@ def test_one_record_may_take_several_lines_and_nothing_is_left_out(tmp_path, cli
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 records are fine."
 
 
+def test_a_line_that_is_lost_costs_its_record_alone(tmp_path, clip):
+    """As a crash of the machine leaves it: zeros in place of a block."""
+    second = json.dumps(GOOD | {"problem_id": 2})
+    for lost in ("\0" * 99, "{", "notes"):
+        (tmp_path / "r.jsonl").write_text("\n".join([json.dumps(GOOD), lost, second]))
+        one, fault, two = data.read_records(str(tmp_path / "r.jsonl")).values()
+        assert [one.id, two.id] == ["1", "2"] and fault.cause == "not valid JSON"
+    (tmp_path / "r.jsonl").write_text("\n".join(["{", json.dumps(GOOD)]))
+    fault, one = data.read_records(str(tmp_path / "r.jsonl")).values()
+    assert fault.cause == "not valid JSON" and one.id == "1"
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
